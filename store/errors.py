@@ -1,0 +1,35 @@
+"""Every error that the store raises, drawn as a tree.
+
+    StoreError                      anything below; its text is one line, ready to show
+    ├── ArtifactNotFoundError       no such file, or it cannot be read
+    ├── ArtifactWriteError          the artifact could not be written; nothing was left behind
+    └── ArtifactFormatError         the bytes are not a valid artifact
+        ├── ArtifactVersionError    an artifact of a major version that this reader does not know
+        └── ArtifactDigestError     the content is not what the manifest's SHA-256 says
+
+Each message names the file and the tensor, what was found, what was expected and the next step.
+"""
+
+
+class StoreError(Exception):
+    """Anything that goes wrong in the store and that a user can cause."""
+
+
+class ArtifactNotFoundError(StoreError):
+    """The artifact does not exist or cannot be read."""
+
+
+class ArtifactWriteError(StoreError):
+    """The artifact could not be written."""
+
+
+class ArtifactFormatError(StoreError):
+    """The file is not a valid artifact."""
+
+
+class ArtifactVersionError(ArtifactFormatError):
+    """The artifact has a major version that this reader does not know."""
+
+
+class ArtifactDigestError(ArtifactFormatError):
+    """A tensor or the manifest differs from its SHA-256."""

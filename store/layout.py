@@ -1,0 +1,133 @@
+"""Format 1: tensor names, types and how their shapes hang together. No input or output here.
+
+Axes: C classes, D embed_dim, S samples, V views.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import ArtifactFormatError
+from store.manifest import Manifest, TensorInfo
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What one tensor of the format must be."""
+
+    axes: tuple[str | int, ...]
+    dtypes: tuple[str, ...]
+
+
+RULES: dict[str, TensorRule] = {
+    "class/count": TensorRule(("C",), ("int64",)),
+    "class/mean": TensorRule(("C", "D"), ("float32",)),
+    "class/m2": TensorRule(("C", "D"), ("float32",)),
+    "class/text": TensorRule(("C", "D"), ("float32",)),
+    "head/weight": TensorRule(("C", "D"), ("float32",)),
+    "head/bias": TensorRule(("C",), ("float32",)),
+    "sample/key": TensorRule(("S", 16), ("uint8",)),
+    "sample/label": TensorRule(("S",), ("int32",)),
+    "sample/embedding": TensorRule(("S", "V", "D"), ("float32", "float16", "int8")),
+    "sample/scale": TensorRule(("S", "V"), ("float32",)),
+}
+
+# A tensor of the first kind is there only together with the others of its line.
+REQUIRED = frozenset({"class/count", "class/mean", "class/m2"})
+GROUPS = (
+    frozenset({"head/weight", "head/bias"}),
+    frozenset({"sample/key", "sample/label", "sample/embedding"}),
+)
+
+_LITTLE_ENDIAN = {
+    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float16", "int64", "int32", "int8", "uint8")
+}
+
+
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
+    """Return the little-endian numpy type of a dtype name of the format.
+
+    Args:
+        name: e.g. `float32`.
+
+    Returns:
+        The numpy dtype.
+
+    Raises:
+        KeyError: no tensor of the format has this type.
+    """
+    return _LITTLE_ENDIAN[name]
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Return the size of a tensor's data in bytes, in exact integers."""
+    size = numpy_dtype(info.dtype).itemsize
+    for length in info.shape:
+        size *= length
+    return size
+
+
+def check_layout(manifest: Manifest, where: str) -> None:
+    """Check that the manifest's tensors are those of format 1 and that their shapes agree.
+
+    Tensors with names that format 1 does not have are left alone: a newer minor version may add some.
+
+    Args:
+        manifest: the manifest to check.
+        where: file name, for messages.
+
+    Raises:
+        ArtifactFormatError: a tensor is missing, or has another type or shape than the rules ask for.
+    """
+    tensors = manifest.tensors
+    for missing in sorted(_missing(tensors)):
+        raise ArtifactFormatError(f"{where}: {missing} is missing. Extract the artifact again.")
+    sizes: dict[str | int, int] = {
+        "C": len(manifest.classes),
+        "D": manifest.teacher.embed_dim,
+        "V": manifest.sampling.views,
+    }
+    if "sample/key" in tensors and tensors["sample/key"].shape:
+        sizes["S"] = tensors["sample/key"].shape[0]
+    for name, info in tensors.items():
+        rule = RULES.get(name)
+        if rule is None:
+            continue
+        if info.dtype not in rule.dtypes:
+            raise ArtifactFormatError(f"{where}: {name} is {info.dtype}, expected {' or '.join(rule.dtypes)}.")
+        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in rule.axes)
+        if info.shape != expected or 0 in info.shape:
+            raise ArtifactFormatError(
+                f"{where}: {name} has shape {list(info.shape)}, expected {list(expected)} "
+                f"({' × '.join(str(axis) for axis in rule.axes)}: {len(manifest.classes)} classes, "
+                f"embed_dim {manifest.teacher.embed_dim}). The file is damaged: extract it again."
+            )
+
+
+def check_finite(name: str, block: NDArray[np.generic], where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        name: tensor name, for the message.
+        block: any array; only floating-point ones are looked at.
+        where: file name, for the message.
+
+    Raises:
+        ArtifactFormatError: a value is not finite.
+    """
+    if block.dtype.kind == "f" and not np.isfinite(block).all():
+        raise ArtifactFormatError(f"{where}: {name} has values that are not finite (NaN or infinity).")
+
+
+def _missing(tensors: Mapping[str, TensorInfo]) -> set[str]:
+    missing = REQUIRED - set(tensors)
+    for group in GROUPS:
+        present = group & set(tensors)
+        if present:
+            missing |= group - present
+    embedding = tensors.get("sample/embedding")
+    if embedding is not None and embedding.dtype == "int8" and "sample/scale" not in tensors:
+        missing |= {"sample/scale"}
+    return missing

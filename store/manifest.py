@@ -1,0 +1,202 @@
+"""The manifest: typed metadata of an artifact, and its canonical JSON.
+
+It records where the embeddings come from and what the tensors are. It holds no clock, no host and no
+local path, so that the same extraction gives the same bytes.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from store.errors import ArtifactFormatError, ArtifactVersionError
+
+FORMAT_NAME = "clip-embed-kd"
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # a million class names fit
+
+Sha256 = str
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class _Record(BaseModel):
+    # A newer minor version may add fields: they are kept, so that a copy of the artifact keeps them.
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
+
+
+class FormatVersion(_Record):
+    """Name and version of the artifact format."""
+
+    name: str = FORMAT_NAME
+    major: int = FORMAT_MAJOR
+    minor: int = FORMAT_MINOR
+
+
+class TeacherInfo(_Record):
+    """Which teacher made the embeddings, and how they were pooled."""
+
+    name: str = Field(description="hub name, or the base name of a local folder")
+    revision: str | None = Field(default=None, description="hub commit; none for a local folder")
+    weights_sha256: Sha256 = Field(pattern=_SHA256, description="SHA-256 of the weights file(s)")
+    architecture: str
+    pooling: str = Field(description="how one embedding is taken from the teacher's output")
+    embed_dim: int = Field(ge=1)
+    precision: str = Field(description="arithmetic of the forward pass: float32, bfloat16")
+    licence: str | None = None
+
+
+class DataSetInfo(_Record):
+    """Which images the embeddings are of."""
+
+    name: str = Field(description="hub name, or the base name of a local folder")
+    config: str | None = None
+    revision: str | None = None
+    split: str
+    image_column: str
+    label_column: str
+    rows: int = Field(ge=1, description="rows of the split, before sampling")
+    classes_named: bool = Field(
+        description="whether class names come from the data; if not, they are indices in decimal"
+    )
+    licence: str | None = None
+
+
+class SamplingInfo(_Record):
+    """Which of the data set's images were embedded."""
+
+    per_class: int | None = Field(ge=1, description="images asked for in each class; none: all")
+    limit: int | None = Field(default=None, ge=1, description="rows kept before sampling; none: all")
+    seed: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    views: int = Field(default=1, ge=1, description="renderings of each image; view 0 is the image itself")
+    view_size: int | None = Field(default=None, ge=1, description="side of an augmented view, in pixels")
+    views_version: int | None = Field(default=None, ge=1)
+    short_classes: int = Field(default=0, ge=0, description="classes with fewer images than per_class")
+    skipped_images: int = Field(default=0, ge=0, description="images that could not be decoded")
+
+
+class TensorInfo(_Record):
+    """Type, shape and digest of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...] = Field(strict=False)
+    sha256: Sha256 = Field(default="0" * 64, pattern=_SHA256, description="of the little-endian bytes")
+
+
+class Manifest(_Record):
+    """All metadata of one artifact."""
+
+    format: FormatVersion = FormatVersion()
+    teacher: TeacherInfo
+    data_set: DataSetInfo
+    preprocessing: dict[str, Any] = Field(description="the teacher's image processor and its settings")
+    sampling: SamplingInfo
+    classes: tuple[str, ...] = Field(strict=False, min_length=1, description="class names in row order")
+    tensors: dict[str, TensorInfo] = Field(default_factory=dict)
+    software: dict[str, str] = Field(default_factory=dict, description="versions that made the artifact")
+
+    @field_validator("classes")
+    @classmethod
+    def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) != len(classes):
+            repeated = next(name for name in classes if classes.count(name) > 1)
+            raise ValueError(f"class name {repeated!r} stands twice")
+        return classes
+
+    def to_bytes(self) -> bytes:
+        """Encode as canonical JSON: sorted keys, no spaces, UTF-8, no NaN.
+
+        Returns:
+            The bytes whose SHA-256 stands beside the manifest.
+        """
+        document = self.model_dump(mode="json")
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8")
+
+    def sha256(self) -> Sha256:
+        """Return the SHA-256 of the canonical JSON: the artifact's digest, since all tensor digests are in it."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_manifest(raw: bytes, sha256: str, where: str) -> Manifest:
+    """Decode and check a manifest.
+
+    Args:
+        raw: canonical JSON as stored, UTF-8.
+        sha256: the digest that stands beside it, in hexadecimal.
+        where: file name, for messages.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtifactDigestError: the digest differs.
+        ArtifactVersionError: another format, or a newer major version.
+        ArtifactFormatError: not JSON, or fields are missing or wrong.
+    """
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        raise ArtifactDigestError(
+            f"{where}: manifest has SHA-256 {found[:12]}…, {sha256[:12]!r}… is stored beside it. "
+            "The file is damaged: extract it again."
+        )
+    document = parse_json(raw, where)
+    _check_version(document, where)
+    try:
+        return Manifest.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ArtifactFormatError(
+            f"{where}: manifest field {field}: {first['msg']}. The file is damaged: extract it again."
+        ) from None
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Decode one JSON object, refusing what strict JSON does not have.
+
+    Args:
+        raw: UTF-8 bytes.
+        where: file name, for messages.
+
+    Returns:
+        The object.
+
+    Raises:
+        ArtifactFormatError: not UTF-8, not JSON, nested too deeply, a key twice, or not an object.
+    """
+    try:
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactFormatError(
+            f"{where}: header is not valid JSON ({error}). The file is damaged or not an artifact."
+        ) from None
+    if not isinstance(document, dict):
+        raise ArtifactFormatError(f"{where}: header is a JSON {type(document).__name__}, expected an object.")
+    return document
+
+
+def _check_version(document: dict[str, Any], where: str) -> None:
+    version = document.get("format")
+    name = version.get("name") if isinstance(version, dict) else None
+    if name != FORMAT_NAME:
+        raise ArtifactVersionError(f"{where}: manifest format is {name!r}, expected {FORMAT_NAME!r}.")
+    major = version.get("major") if isinstance(version, dict) else None
+    if major != FORMAT_MAJOR:
+        raise ArtifactVersionError(
+            f"{where}: artifact format {major}, this program reads format {FORMAT_MAJOR}. "
+            "Update clip-embed-kd, or extract again."
+        )
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key stands twice")
+    return document
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,53 @@
+"""Count, mean and M2 of each class's embeddings, accumulated in float64, one batch at a time.
+
+M2 is Σ(x − mean)². A batch is folded in with the parallel update of Chan, Golub and LeVeque
+("Updating formulae and a pairwise algorithm for computing sample variances", 1979), which is stable where
+Σx² − (Σx)²/n is not, and which also merges two accumulators.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ClassStatistics:
+    """Running statistics of the embeddings of every class."""
+
+    def __init__(self, num_classes: int, embed_dim: int) -> None:
+        """Start with no embedding in any class.
+
+        Args:
+            num_classes: C, rows of every array here.
+            embed_dim: D, length of an embedding.
+        """
+        self.count: NDArray[np.int64] = np.zeros(num_classes, np.int64)
+        self.mean: NDArray[np.float64] = np.zeros((num_classes, embed_dim), np.float64)
+        self.m2: NDArray[np.float64] = np.zeros((num_classes, embed_dim), np.float64)
+
+    def add(self, embeddings: NDArray[np.floating], class_index: NDArray[np.integer]) -> None:
+        """Fold in one batch of embeddings.
+
+        Args:
+            embeddings: [B, D], raw (not normalised).
+            class_index: [B], the class of each row, in 0…C−1.
+        """
+        values = embeddings.astype(np.float64)
+        for index in np.unique(class_index):
+            rows = values[class_index == index]
+            mean = rows.mean(axis=0)
+            self._combine(int(index), len(rows), mean, np.square(rows - mean).sum(axis=0))
+
+    def tensors(self) -> dict[str, NDArray[np.generic]]:
+        """Return `class/count` [C] int64 and `class/mean`, `class/m2` [C, D] rounded to float32."""
+        return {
+            "class/count": self.count,
+            "class/mean": self.mean.astype(np.float32),
+            "class/m2": self.m2.astype(np.float32),
+        }
+
+    def _combine(self, index: int, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
+        before = int(self.count[index])
+        total = before + count
+        delta = mean - self.mean[index]
+        self.count[index] = total
+        self.mean[index] += delta * (count / total)
+        self.m2[index] += m2 + np.square(delta) * (before * count / total)
