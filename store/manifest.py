@@ -75,6 +75,10 @@ class SamplingInfo(_Record):
     views_version: int | None = Field(default=None, ge=1)
     short_classes: int = Field(default=0, ge=0, description="classes with fewer images than per_class")
     skipped_images: int = Field(default=0, ge=0, description="images that could not be decoded")
+    images_sha256: Sha256 = Field(
+        pattern=_SHA256,
+        description="of the embedded images: their sorted unique pairs of sample key and class row (int32)",
+    )
 
 
 class TensorInfo(_Record):

@@ -1,0 +1,44 @@
+"""Settings of stage one. Importing this loads neither the teacher's library nor its weights."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.data import DataSettings
+from pipeline.runtime import Precision
+
+Pooling = Literal["auto", "cls", "pooled", "mean"]
+
+
+class ExtractSettings(BaseModel):
+    """Everything that stage one can be told.
+
+    Paper defaults: the mean of N = 100 random images a class (section III).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str = Field(min_length=1, description="hub name or folder of a transformers image encoder")
+    teacher_revision: str | None = None
+    data: DataSettings
+    out: Path
+    per_class: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        default=None, description="random images in each class; none: 100, or all where samples are stored"
+    )
+    samples: bool = Field(default=False, description="also store the embedding of each image")
+    dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
+    pooling: Pooling = "auto"
+    skip_bad: bool = False
+    batch_size: int = Field(default=64, ge=1)
+    precision: Precision = "auto"
+    device: str = "auto"
+    workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
+    seed: int = Field(default=0, ge=0)
+    overwrite: bool = False
+
+    def images_per_class(self) -> int | None:
+        """Return how many images of each class to embed; none means all of them."""
+        if self.per_class is None:
+            return None if self.samples else 100
+        return None if self.per_class == "all" else self.per_class

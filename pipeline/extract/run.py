@@ -1,0 +1,184 @@
+"""Stage one, from settings to artifact: sample rows, embed them, accumulate, write."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data import Labelled, load_labelled
+from pipeline.errors import PipelineError
+from pipeline.extract.batches import read_batches
+from pipeline.extract.config import ExtractSettings
+from pipeline.extract.samples import SampleSpool
+from pipeline.extract.sampling import check_no_empty_class, sample_rows
+from pipeline.output import check_output
+from pipeline.progress import LOGGER, ProgressBar
+from pipeline.runtime import (
+    PeakMemory,
+    batch_must_fit,
+    peak_memory,
+    resolve_device,
+    resolve_precision,
+    software_versions,
+)
+from store import ClassStatistics, DataSetInfo, Manifest, SamplingInfo, write_artifact
+from store.artifact import backend_of
+
+if TYPE_CHECKING:
+    from pipeline.extract.teacher import Teacher
+
+_SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What stage one made and what it took."""
+
+    path: Path
+    manifest: Manifest
+    num_images: int
+    seconds: float
+    images_per_second: float
+    artifact_bytes: int
+    memory: PeakMemory
+
+
+def extract(settings: ExtractSettings) -> ExtractResult:
+    """Embed a data set's images with the teacher and write the artifact.
+
+    Everything that can be checked is checked before the first image is embedded.
+
+    Args:
+        settings: what to do.
+
+    Returns:
+        Where the artifact is, and figures.
+
+    Raises:
+        PipelineError: anything a user can cause; nothing is left behind.
+        StoreError: the artifact cannot be written; nothing is left behind.
+    """
+    start = time.monotonic()
+    backend_of(settings.out)
+    check_output(settings.out, 0, replaceable=settings.overwrite)
+    device = resolve_device(settings.device)
+    data = load_labelled(settings.data)
+    per_class = settings.images_per_class()
+    rows, short_classes = sample_rows(data.labels, data.class_names, per_class, settings.seed)
+    if short_classes:
+        LOGGER.info(
+            "%d of %d classes have fewer than %d images; all of theirs are used.",
+            *(short_classes, len(data.class_names), per_class),
+        )
+    teacher = _load_teacher(settings, device)
+    _check_room(settings, len(data.class_names), len(rows), teacher.info.embed_dim)
+
+    statistics = ClassStatistics(len(data.class_names), teacher.info.embed_dim)
+    spool = SampleSpool(
+        settings.out.absolute().parent, teacher.info.embed_dim, settings.dtype if settings.samples else None
+    )
+    num_bad = 0
+    with ProgressBar("embedding", len(rows)) as bar, batch_must_fit(settings.batch_size, "the teacher"):
+        workers = _num_workers(settings, device)
+        for batch in read_batches(data, rows, teacher.preprocess, settings.batch_size, workers):
+            if batch.bad and not settings.skip_bad:
+                raise batch.bad[0]
+            num_bad += len(batch.bad)
+            if batch.pixels is not None:
+                embeddings = teacher.embed(batch.pixels).cpu().numpy()
+                _check_finite(embeddings, batch.rows, settings)
+                statistics.add(embeddings, data.labels[batch.rows])
+                spool.add(batch.keys, data.labels[batch.rows], embeddings)
+            bar.advance(len(batch.rows) + len(batch.bad))
+    if num_bad:
+        LOGGER.info("%d images could not be decoded and were left out.", num_bad)
+    check_no_empty_class(statistics.count, data.class_names)
+    images_sha256, samples = spool.finish()
+    manifest = Manifest(
+        teacher=teacher.info,
+        data_set=_describe(data),
+        preprocessing=teacher.preprocess.describe(),
+        sampling=SamplingInfo(
+            per_class=per_class,
+            limit=settings.data.limit,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            short_classes=short_classes,
+            skipped_images=num_bad,
+            images_sha256=images_sha256,
+        ),
+        classes=data.class_names,
+        software=software_versions(_SOFTWARE),
+    )
+    manifest = write_artifact(
+        settings.out, manifest, statistics.tensors() | samples, overwrite=settings.overwrite
+    )
+    return ExtractResult(
+        path=settings.out,
+        manifest=manifest,
+        num_images=int(statistics.count.sum()),
+        seconds=time.monotonic() - start,
+        images_per_second=len(rows) / bar.seconds,
+        artifact_bytes=settings.out.stat().st_size,
+        memory=peak_memory(device),
+    )
+
+
+def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
+    try:
+        from pipeline.extract.teacher import load_teacher
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"extract needs {error.name}, which is not installed: pip install 'clip-embed-kd[extract]'"
+        ) from None
+    precision = resolve_precision(settings.precision, device)
+    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.pooling, device, precision)
+    info = teacher.info
+    taken = {"cls": "[CLS] after the last norm", "pooled": "its own pooled output", "mean": "the mean of its tokens"}
+    LOGGER.info(
+        "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
+        *(info.name, info.architecture, taken[info.pooling], info.embed_dim, info.precision, device),
+    )
+    return teacher
+
+
+def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    # On a CPU the teacher itself keeps every core busy.
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:
+    needed = num_classes * embed_dim * 8
+    if settings.samples:
+        needed += 2 * num_rows * (embed_dim * np.dtype(settings.dtype).itemsize + 20)  # spool and artifact
+    check_output(settings.out, needed, replaceable=settings.overwrite)
+
+
+def _check_finite(embeddings: NDArray[np.float32], rows: NDArray[np.int64], settings: ExtractSettings) -> None:
+    finite = np.isfinite(embeddings).all(axis=1)
+    if not finite.all():
+        raise PipelineError(
+            f"{settings.teacher}: the embedding of row {rows[~finite][0]} has values that are not finite. "
+            "Try --precision float32; if that does not help, the teacher's weights are damaged."
+        )
+
+
+def _describe(data: Labelled) -> DataSetInfo:
+    return DataSetInfo(
+        name=data.name,
+        config=data.settings.config,
+        revision=data.revision,
+        split=data.settings.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        rows=data.num_rows_before_limit,
+        classes_named=data.classes_named,
+        licence=data.licence,
+    )

@@ -1,0 +1,93 @@
+"""Sample embeddings on their way to the artifact: spooled in the order of extraction, read back sorted.
+
+The spool is a nameless temporary file beside the artifact: it takes no memory, and vanishes with the
+process, however that ends.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+from store import RowBlocks
+
+_BLOCK_ROWS = 4096
+
+
+class SampleSpool:
+    """Collects (sample key, label) pairs, and embeddings where they are wanted."""
+
+    def __init__(self, folder: Path, embed_dim: int, dtype: str | None) -> None:
+        """Open an empty spool.
+
+        Args:
+            folder: where the temporary file may lie; the artifact's own folder has the room.
+            embed_dim: D.
+            dtype: `float16` or `float32`; none keeps the pairs only.
+        """
+        self._embed_dim = embed_dim
+        self._dtype = np.dtype(dtype) if dtype else None
+        self._file = tempfile.TemporaryFile(dir=folder) if dtype else None
+        self._keys: list[NDArray[np.uint8]] = []
+        self._labels: list[NDArray[np.int32]] = []
+
+    def add(
+        self, keys: NDArray[np.uint8], labels: NDArray[np.int64], embeddings: NDArray[np.float32]
+    ) -> None:
+        """Append one batch.
+
+        Args:
+            keys: [B, 16] sample keys.
+            labels: [B] class rows.
+            embeddings: [B, D].
+
+        Raises:
+            PipelineError: an embedding does not fit the dtype.
+        """
+        self._keys.append(keys)
+        self._labels.append(labels.astype(np.int32))
+        if self._file is None or self._dtype is None:
+            return
+        largest = float(np.abs(embeddings).max())
+        if largest > np.finfo(self._dtype).max:
+            raise PipelineError(
+                f"an embedding reaches {largest:.4g}, {self._dtype} ends at {np.finfo(self._dtype).max:.4g}. "
+                "Pass --dtype float32."
+            )
+        self._file.write(embeddings.astype(self._dtype).tobytes())
+
+    def finish(self) -> tuple[str, dict[str, NDArray[Any] | RowBlocks]]:
+        """Sort by (key, label) and drop repeats of a pair.
+
+        Returns:
+            SHA-256 over the sorted unique pairs (16-byte key, int32 little-endian label), and the `sample/*`
+            tensors, empty where no embeddings were kept.
+        """
+        keys, labels = np.concatenate(self._keys), np.concatenate(self._labels)
+        halves = np.ascontiguousarray(keys).view(">u8")
+        order = np.lexsort((labels, halves[:, 1], halves[:, 0]))
+        keys, labels = keys[order], labels[order]
+        fresh = np.ones(len(order), bool)
+        fresh[1:] = (keys[1:] != keys[:-1]).any(axis=1) | (labels[1:] != labels[:-1])
+        keys, labels, order = keys[fresh], labels[fresh], order[fresh]
+        pairs = np.concatenate([keys, labels.astype("<i4").view(np.uint8).reshape(-1, 4)], axis=1)
+        digest = hashlib.sha256(pairs.tobytes()).hexdigest()
+        if self._file is None or self._dtype is None:
+            return digest, {}
+        shape = (len(order), 1, self._embed_dim)
+        rows = RowBlocks(shape, self._dtype.name, _blocks(self._file, self._dtype, shape[1:], order))
+        return digest, {"sample/key": keys, "sample/label": labels, "sample/embedding": rows}
+
+
+def _blocks(
+    file: IO[bytes], dtype: np.dtype[Any], row_shape: tuple[int, int], order: NDArray[np.int64]
+) -> Iterator[NDArray[Any]]:
+    file.flush()
+    stored = np.memmap(file, dtype, "r").reshape(-1, *row_shape)
+    for start in range(0, len(order), _BLOCK_ROWS):
+        yield stored[order[start : start + _BLOCK_ROWS]]

@@ -1,0 +1,59 @@
+"""Which images stand for a class: N of them at random, from a seed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+
+
+def sample_rows(
+    labels: NDArray[np.int64], class_names: Sequence[str], per_class: int | None, seed: int
+) -> tuple[NDArray[np.int64], int]:
+    """Draw rows of every class without replacement (paper section II).
+
+    Each class has a random stream of its own, so that adding a class changes no other class's choice.
+
+    Args:
+        labels: [N] class index of every row.
+        class_names: C names, for messages.
+        per_class: rows wanted in each class; none: all of them.
+        seed: ≥ 0.
+
+    Returns:
+        The chosen rows in ascending order, and how many classes have fewer than `per_class`.
+
+    Raises:
+        PipelineError: a class has no row at all.
+    """
+    available = np.bincount(labels, minlength=len(class_names))
+    check_no_empty_class(available, class_names)
+    if per_class is None:
+        return np.arange(len(labels)), 0
+    chosen = []
+    for index in range(len(class_names)):
+        rows = np.flatnonzero(labels == index)
+        if len(rows) > per_class:
+            rows = np.random.default_rng([seed, index]).choice(rows, per_class, replace=False)
+        chosen.append(rows)
+    return np.sort(np.concatenate(chosen)), int((available < per_class).sum())
+
+
+def check_no_empty_class(count: NDArray[np.int64], class_names: Sequence[str]) -> None:
+    """Refuse classes without an image: their mean would not exist.
+
+    Args:
+        count: [C] images of each class.
+        class_names: C names.
+
+    Raises:
+        PipelineError: names up to five of the classes.
+    """
+    empty = [class_names[index] for index in np.flatnonzero(count == 0)]
+    if empty:
+        listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        raise PipelineError(
+            f"{len(empty)} of {len(class_names)} classes have no image ({listed}). Every class needs at least one: "
+            "choose another split, raise --limit, or remove the class from the data set."
+        )

@@ -1,0 +1,120 @@
+"""Device, precision, memory and versions: what a run depends on beside its settings."""
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.errors import PipelineError
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory that this process has held so far, in bytes.
+
+    `resident_bytes` counts everything in RAM, libraries and mapped file pages included; `device_bytes` is
+    what PyTorch allocated on the GPU, 0 without one.
+    """
+
+    resident_bytes: int
+    device_bytes: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """Choose where to compute.
+
+    Args:
+        name: `auto` (CUDA, else Apple's MPS, else the CPU), or a PyTorch device such as `cuda:1`.
+
+    Returns:
+        The device.
+
+    Raises:
+        PipelineError: an unknown name, or a device that is absent.
+    """
+    if name == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(kind)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PipelineError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PipelineError(
+            f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices. Pass --device cpu, or install "
+            "a PyTorch build and a driver that match the GPU."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise PipelineError("device 'mps': PyTorch sees no Apple GPU. Pass --device cpu.")
+    return device
+
+
+def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
+    """Choose the arithmetic of the heavy parts.
+
+    Args:
+        name: `auto` takes bfloat16 where the hardware computes in it, else float32.
+        device: where it will run.
+
+    Returns:
+        `torch.float32` or `torch.bfloat16`.
+    """
+    if name == "auto":
+        name = "bfloat16" if _has_bfloat16(device) else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def peak_memory(device: torch.device) -> PeakMemory:
+    """Return this process's peak memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident_bytes = peak if sys.platform == "darwin" else peak * 1024
+    device_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return PeakMemory(resident_bytes, device_bytes)
+
+
+@contextmanager
+def batch_must_fit(batch_size: int, what: str) -> Iterator[None]:
+    """Turn a failed allocation into advice.
+
+    Args:
+        batch_size: the batch size in use.
+        what: who allocated, e.g. `the teacher`.
+
+    Raises:
+        PipelineError: memory ran out inside the block.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        advice = f"Try --batch-size {batch_size // 2}." if batch_size > 1 else "A smaller model is needed."
+        raise PipelineError(f"out of memory: {what} at batch size {batch_size}. {advice}") from None
+
+
+def software_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of this program, Python and some packages, by name."""
+    versions = {"python": platform.python_version()}
+    for package in ("clip-embed-kd", *packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
