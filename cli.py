@@ -1,0 +1,399 @@
+"""The commands. Each parses, calls one function and prints; heavy imports happen inside the commands.
+
+Results go to stdout, progress and logs to stderr. Exit status: 0 done, 1 failed with one line on stderr,
+2 wrong usage, 130 and 143 interrupted.
+"""
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+_PATH = click.Path(path_type=Path)
+
+
+class _PerClass(click.ParamType[Any]):
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "all" else click.IntRange(min=1).convert(value, param, ctx)
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"clip-embed-kd {version('clip-embed-kd')}")
+        except PackageNotFoundError:
+            click.echo("clip-embed-kd, not installed")
+        ctx.exit()
+
+
+_version_option = click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="show the version",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+_device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+_precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="arithmetic; auto: bfloat16 where the hardware has it",
+)
+_skip_bad_option = click.option("--skip-bad", is_flag=True, help="leave out and count images that cannot be decoded")
+
+
+def _data_options(split: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    options = [
+        click.option("--dataset", required=True, metavar="D", help="hub name, or a folder that `datasets` loads"),
+        click.option("--dataset-config", metavar="NAME", help="configuration of a hub data set"),
+        click.option("--dataset-revision", metavar="REV", help="hub branch, tag or commit"),
+        click.option("--split", default=split, help="split to use"),
+        click.option("--image-column", metavar="NAME", help="found where only one fits"),
+        click.option("--label-column", metavar="NAME", help="found where only one fits"),
+        click.option("--limit", type=click.IntRange(min=1), help="use this many images, of all classes in turn"),
+    ]
+    return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+@click.group(context_settings=_SETTINGS)
+@_version_option
+def cli() -> None:
+    """Distil a huge vision teacher into a small student, from its stored embeddings alone.
+
+    Run `extract` once where the teacher fits, copy the artifact, and run `distill` where the student shall live.
+    """
+
+
+@cli.command(
+    epilog="Example: clip-embed-kd extract --teacher google/vit-large-patch16-224-in21k "
+    "--dataset uoft-cs/cifar100 --label-column fine_label --out cifar100.safetensors"
+)
+@click.option("--teacher", required=True, metavar="T", help="transformers image encoder: hub name or folder")
+@click.option("--teacher-revision", metavar="REV", help="hub branch, tag or commit")
+@_data_options("train")
+@click.option("--out", required=True, type=_PATH, help="artifact to write: .safetensors or .h5")
+@click.option("--per-class", type=_PerClass(), help="random images in each class  [default: 100; all with --samples]")
+@click.option("--samples", is_flag=True, help="also store the embedding of each image")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
+@click.option(
+    "--pooling",
+    type=click.Choice(["auto", "cls", "pooled", "mean"]),
+    default="auto",
+    help="how one embedding is taken; auto: [CLS], or pooled where there is none",
+)
+@_skip_bad_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="images in a forward pass")
+@_precision_option
+@_device_option
+@click.option("--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 on a CPU, else up to 8]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="of the choice of images")
+@click.option("--overwrite", is_flag=True, help="replace an existing artifact")
+@_json_option
+@_version_option
+def extract(as_json: bool, **options: Any) -> None:
+    """Stage one: run the teacher once and write its embeddings."""
+    from pipeline.extract import ExtractSettings, extract
+    from pipeline.progress import duration, size
+
+    result = extract(ExtractSettings(data=_data_settings(options), **options))
+    manifest = result.manifest
+    _emit(
+        as_json,
+        {
+            "artifact": str(result.path),
+            "manifest_sha256": manifest.sha256(),
+            "num_images": result.num_images,
+            "num_classes": len(manifest.classes),
+            "embed_dim": manifest.teacher.embed_dim,
+            "artifact_bytes": result.artifact_bytes,
+            "seconds": result.seconds,
+            "images_per_second": result.images_per_second,
+            "peak_memory_bytes": result.memory.resident_bytes,
+            "peak_device_memory_bytes": result.memory.device_bytes,
+        },
+        [
+            ("artifact", f"{result.path}, {size(result.artifact_bytes)}"),
+            ("digest", manifest.sha256()),
+            (
+                "content",
+                f"{len(manifest.classes)} classes × {manifest.teacher.embed_dim} values"
+                + (f", {manifest.tensors['sample/key'].shape[0]:,} samples" if options["samples"] else ""),
+            ),
+            ("images", f"{result.num_images:,}, {result.images_per_second:.1f} images/s"),
+            ("time", duration(result.seconds)),
+            *_memory_rows(result.memory),
+        ],
+    )
+
+
+@cli.command(
+    epilog="Example: clip-embed-kd distill --artifact cifar100.safetensors "
+    "--dataset uoft-cs/cifar100 --label-column fine_label --out run"
+)
+@click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote")
+@_data_options("train")
+@click.option(
+    "--eval-split",
+    metavar="NAME",
+    help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
+)
+@click.option("--out", required=True, type=_PATH, help="run directory to make")
+@click.option("--student", default="base", help="base, large, or any timm model")
+@click.option("--image-size", type=click.IntRange(min=1), default=32, help="side of the student's input, in pixels")
+@click.option("--recipe", default="paper", help="a recipe's name, or a TOML file")
+@click.option(
+    "--target",
+    type=click.Choice(["class", "sample", "both"]),
+    default="class",
+    help="teacher embeddings to learn from",
+)
+@click.option("--alpha2", type=click.FloatRange(0, 1), help="weight of the distillation loss  [default: the recipe's]")
+@click.option("--epochs", type=click.IntRange(min=1), help="passes over the images  [default: the recipe's]")
+@click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
+@click.option("--batch-size", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
+@click.option(
+    "--lr",
+    "learning_rate",
+    type=click.FloatRange(0, min_open=True),
+    help="learning rate  [default: the recipe's]",
+)
+@_precision_option
+@_device_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="of weights, order, flips and dropout")
+@click.option(
+    "--max-missing",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="largest share of images without a stored embedding",
+)
+@click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names")
+@_skip_bad_option
+@click.option("--overwrite", is_flag=True, help="replace an existing run directory")
+@_json_option
+@_version_option
+def distill(as_json: bool, **options: Any) -> None:
+    """Stage two: train a student from an artifact."""
+    from pipeline.distill import DistillSettings, distill
+    from pipeline.progress import duration
+
+    result = distill(DistillSettings(data=_data_settings(options), **options))
+    _emit(
+        as_json,
+        {
+            "run_directory": str(result.run_directory),
+            "top1": result.top1,
+            "top5": result.top5,
+            "num_parameters": result.num_parameters,
+            "num_steps": result.num_steps,
+            "images_per_second": result.images_per_second,
+            "train_seconds": result.train_seconds,
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.memory.resident_bytes,
+            "peak_device_memory_bytes": result.memory.device_bytes,
+        },
+        [
+            ("student", f"{result.run_directory / 'student'}, {result.num_parameters:,} parameters"),
+            ("accuracy", f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"),
+            (
+                "training",
+                f"{result.num_steps:,} steps, {result.images_per_second:.1f} images/s, "
+                f"{duration(result.train_seconds)}",
+            ),
+            ("time", f"{duration(result.seconds)} in all"),
+            *_memory_rows(result.memory),
+        ],
+    )
+
+
+@cli.command(
+    epilog="Example: clip-embed-kd evaluate --student run --dataset uoft-cs/cifar100 --label-column fine_label"
+)
+@click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
+@_data_options("test")
+@_skip_bad_option
+@_precision_option
+@_device_option
+@_json_option
+@_version_option
+def evaluate(as_json: bool, student: Path, skip_bad: bool, precision: Any, device: str, **options: Any) -> None:
+    """Measure a student's accuracy on a labelled data set."""
+    from pipeline.distill.evaluate import evaluate_run
+
+    result = evaluate_run(student, _data_settings(options), precision, device, skip_bad=skip_bad)
+    _emit(
+        as_json,
+        {
+            "top1": result.top1,
+            "top5": result.top5,
+            "num_images": int(result.count.sum()),
+            "images_per_second": result.images_per_second,
+            "seconds": result.seconds,
+            "per_class": result.per_class(),
+        },
+        [
+            ("accuracy", f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"),
+            ("images", f"{int(result.count.sum()):,}, {result.images_per_second:.1f} images/s"),
+            ("worst", ", ".join(f"{name} {top1:.0f} %" for name, top1 in result.worst())),
+        ],
+    )
+
+
+@cli.command(epilog="Example: clip-embed-kd predict --student run photo.jpg")
+@click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
+@click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE…")
+@_device_option
+@_json_option
+@_version_option
+def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -> None:
+    """Classify image files."""
+    from pipeline.distill.predict import predict
+    from pipeline.distill.student import load_student
+    from pipeline.runtime import resolve_device
+
+    place = resolve_device(device)
+    best = predict(load_student(student).to(place), images, place)
+    named = dict(zip(map(str, images), best, strict=True))
+    _emit(
+        as_json,
+        {
+            path: [{"class": name, "probability": probability} for name, probability in classes]
+            for path, classes in named.items()
+        },
+        [
+            (path, ", ".join(f"{name} {probability:.1%}" for name, probability in classes))
+            for path, classes in named.items()
+        ],
+    )
+
+
+@cli.group()
+@_version_option
+def store() -> None:
+    """Look into artifacts."""
+
+
+@store.command(epilog="Example: clip-embed-kd store inspect cifar100.safetensors")
+@click.argument("artifact", type=_PATH)
+@_json_option
+@_version_option
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what an artifact says of itself; its tensors are not verified."""
+    from store import summarise
+
+    summary = summarise(artifact)
+    document = {
+        "file": summary.file,
+        "file_bytes": summary.file_bytes,
+        "manifest_sha256": summary.manifest_sha256,
+        "images_per_class": summary.images_per_class,
+        "verified": False,
+        "manifest": summary.manifest,
+    }
+    _emit(as_json, document, [*summary.rows(), ("", "tensors not verified")])
+
+
+@cli.command(epilog="Example: clip-embed-kd demo")
+@click.option("--out", type=_PATH, default=Path("demo-run"), help="folder for all that it makes")
+@_json_option
+@_version_option
+def demo(out: Path, as_json: bool) -> None:
+    """Run both stages offline, on handwritten digits and a teacher that ship with the project."""
+    from pipeline.demo.run import run_demo
+
+    result = run_demo(out)
+    _emit(as_json, result.as_json(), result.rows())
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except Exception as error:
+        text, code = _explain(error)
+        if text is None:
+            raise
+        click.echo(f"Error: {text}", err=True)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> tuple[str | None, int]:
+    """Turn what a user can cause into one line; anything else keeps its traceback."""
+    from pydantic import ValidationError
+
+    from pipeline.errors import PipelineError, describe_problems
+    from store.errors import StoreError
+
+    if isinstance(error, PipelineError | StoreError):
+        return " ".join(str(error).split()), 1
+    if isinstance(error, ValidationError):
+        return describe_problems(error), 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}.", 1
+    return None, 1
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    sys.exit(143)
+
+
+def _data_settings(options: dict[str, Any]) -> Any:
+    from pipeline.data import DataSettings
+    from pipeline.progress import log_to_stderr
+
+    log_to_stderr()
+    renamed = {"dataset_config": "config", "dataset_revision": "revision"}
+    names = (
+        "dataset",
+        "dataset_config",
+        "dataset_revision",
+        "split",
+        "image_column",
+        "label_column",
+        "limit",
+    )
+    return DataSettings(**{renamed.get(name, name): options.pop(name) for name in names})
+
+
+def _memory_rows(memory: Any) -> list[tuple[str, str]]:
+    from pipeline.progress import size
+
+    rows = [("memory", f"{size(memory.resident_bytes)} at the peak, libraries included")]
+    if memory.device_bytes:
+        rows.append(("GPU memory", f"{size(memory.device_bytes)} at the peak"))
+    return rows
+
+
+def _emit(as_json: bool, document: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    width = max(len(label) for label, _ in rows)
+    for label, text in rows:
+        click.echo(f"{label:<{width}}  {text}")
+
+
+if __name__ == "__main__":
+    main()

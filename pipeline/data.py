@@ -101,7 +101,7 @@ class Labelled:
             content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
             with Image.open(BytesIO(content)) as image:
                 return to_rgb(image)
-        except Exception as error:  # noqa: BLE001 (Pillow's decoders raise almost anything on damaged bytes)
+        except Exception as error:
             return BadImageError(
                 f"{self.settings.dataset}, split {self.settings.split}, row {row}: the image cannot be decoded "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
@@ -123,9 +123,7 @@ def load_labelled(settings: DataSettings) -> Labelled:
     """
     splits = _load_splits(settings)
     if settings.split not in splits:
-        raise PipelineError(
-            f"{settings.dataset}: no split {settings.split!r}. It has {', '.join(map(repr, splits))}."
-        )
+        raise PipelineError(f"{settings.dataset}: no split {settings.split!r}. It has {', '.join(map(repr, splits))}.")
     rows = splits[settings.split]
     image_column = _image_column(rows.features, settings)
     label_column = _label_column(rows.features, settings, image_column)
@@ -206,7 +204,7 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
             loaded = datasets.load_from_disk(str(path))
         else:
             loaded = datasets.load_dataset(settings.dataset, settings.config, revision=settings.revision)
-    except Exception as error:  # noqa: BLE001 (every loader and format has exceptions of its own)
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PipelineError(f"{settings.dataset}: the data set cannot be loaded ({reason}).") from error
     # A data set that was saved without splits has one: the one asked for.
@@ -221,14 +219,12 @@ def _image_column(features: datasets.Features, settings: DataSettings) -> str:
 def _label_column(features: datasets.Features, settings: DataSettings, image_column: str) -> str:
     candidates = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     values = [name for name, feature in features.items() if _holds_values(feature) and name != image_column]
-    if settings.label_column in values:
+    if settings.label_column is not None and settings.label_column in values:
         return settings.label_column
     return _choose("label", settings.label_column, candidates or values, features, settings.dataset)
 
 
-def _choose(
-    what: str, asked: str | None, candidates: list[str], features: datasets.Features, dataset: str
-) -> str:
+def _choose(what: str, asked: str | None, candidates: list[str], features: datasets.Features, dataset: str) -> str:
     if asked is None and len(candidates) == 1:
         return candidates[0]
     listed = ", ".join(candidates) or "none"
@@ -248,12 +244,12 @@ def _choose(
     return asked
 
 
-def _holds_images(feature: Any) -> bool:  # noqa: ANN401 (features have no common type)
+def _holds_images(feature: Any) -> bool:
     # Parquet that was not written by `datasets` has images as plain structures of bytes and path.
     return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
-def _holds_values(feature: Any) -> bool:  # noqa: ANN401 (features have no common type)
+def _holds_values(feature: Any) -> bool:
     if not isinstance(feature, datasets.Value):
         return False
     return feature.dtype in ("string", "large_string") or re.fullmatch(r"u?int\d+", feature.dtype) is not None
@@ -293,4 +289,3 @@ def _first_of_each_class(labels: NDArray[np.int64], limit: int) -> NDArray[np.in
     turn = np.empty(len(labels), np.int64)
     turn[order] = np.arange(len(labels)) - starts
     return np.sort(np.lexsort((np.arange(len(labels)), turn))[:limit])
-

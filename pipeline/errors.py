@@ -1,5 +1,29 @@
 """What a user can cause in the pipeline: one class, one line of text."""
 
+from pydantic import ValidationError
+
 
 class PipelineError(Exception):
     """A problem that the user can mend; its text says what, where and the next step."""
+
+
+def describe_problems(error: ValidationError) -> str:
+    """Put everything that is wrong with some settings into one line.
+
+    Args:
+        error: what pydantic found.
+
+    Returns:
+        E.g. `epochs: input should be greater than or equal to 1, found 0; speed: unknown`.
+    """
+    problems = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"{field}: unknown setting")
+        elif problem["type"] == "missing":
+            problems.append(f"{field}: missing")
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            problems.append(f"{field}: {message}, found {problem['input']!r}")
+    return "; ".join(problems)

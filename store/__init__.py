@@ -14,6 +14,7 @@ from store.errors import (
 )
 from store.manifest import DataSetInfo, Manifest, SamplingInfo, TeacherInfo, TensorInfo
 from store.statistics import ClassStatistics
+from store.summary import Summary, summarise
 
 __all__ = [
     "Artifact",
@@ -28,8 +29,10 @@ __all__ = [
     "RowBlocks",
     "SamplingInfo",
     "StoreError",
+    "Summary",
     "TeacherInfo",
     "TensorInfo",
     "open_artifact",
+    "summarise",
     "write_artifact",
 ]

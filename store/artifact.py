@@ -216,9 +216,7 @@ def write_artifact(
     infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
     manifest = manifest.model_copy(update={"tensors": infos})
     layout.check_layout(manifest, path.name)
-    blocks = {
-        name: data.blocks if isinstance(data, RowBlocks) else row_blocks(data) for name, data in tensors.items()
-    }
+    blocks = {name: data.blocks if isinstance(data, RowBlocks) else row_blocks(data) for name, data in tensors.items()}
     with _replacing(path) as temporary:
         written: Manifest = backend.write(temporary, manifest, blocks)
     return written
@@ -255,9 +253,7 @@ def _check_agreement(manifest: Manifest, locations: Mapping[str, Location], wher
     if set(manifest.tensors) != set(locations):
         odd = sorted(set(manifest.tensors) ^ set(locations))[0]
         side = "manifest" if odd in manifest.tensors else "file"
-        raise ArtifactFormatError(
-            f"{where}: {odd!r} stands in the {side} only. The file is damaged: extract it again."
-        )
+        raise ArtifactFormatError(f"{where}: {odd!r} stands in the {side} only. The file is damaged: extract it again.")
     for name, info in manifest.tensors.items():
         place = locations[name]
         if (place.dtype, place.shape) != (info.dtype, info.shape):

@@ -46,9 +46,7 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks]) -> Manifest
         tensors = {}
         for name in sorted(blocks):
             info = manifest.tensors[name]
-            dataset = file.create_dataset(
-                name, shape=info.shape, dtype=numpy_dtype(info.dtype), track_times=False
-            )
+            dataset = file.create_dataset(name, shape=info.shape, dtype=numpy_dtype(info.dtype), track_times=False)
             sha256 = hash_blocks(name, info, blocks[name], _Rows(dataset))
             tensors[name] = info.model_copy(update={"sha256": sha256})
         finished = manifest.model_copy(update={"tensors": tensors})
@@ -133,7 +131,7 @@ def _locate(file: h5py.File, path: Path) -> dict[str, Location]:
     return locations
 
 
-def _hard_link(group: h5py.Group, name: str, where: str, full_name: str | None = None) -> Any:  # noqa: ANN401 (h5py)
+def _hard_link(group: h5py.Group, name: str, where: str, full_name: str | None = None) -> Any:
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ArtifactFormatError(f"{where}: {full_name or name} is a soft or external link, which is refused.")
     return group[name]

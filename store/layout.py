@@ -41,7 +41,7 @@ GROUPS = (
     frozenset({"sample/key", "sample/label", "sample/embedding"}),
 )
 
-_LITTLE_ENDIAN = {
+_LITTLE_ENDIAN: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float16", "int64", "int32", "int8", "uint8")
 }
 
@@ -122,7 +122,7 @@ def check_finite(name: str, block: NDArray[np.generic], where: str) -> None:
 
 
 def _missing(tensors: Mapping[str, TensorInfo]) -> set[str]:
-    missing = REQUIRED - set(tensors)
+    missing = set(REQUIRED - set(tensors))
     for group in GROUPS:
         present = group & set(tensors)
         if present:

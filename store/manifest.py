@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from store.errors import ArtifactFormatError, ArtifactVersionError
+from store.errors import ArtifactDigestError, ArtifactFormatError, ArtifactVersionError
 
 FORMAT_NAME = "clip-embed-kd"
 FORMAT_MAJOR = 1

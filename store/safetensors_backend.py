@@ -43,9 +43,7 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks]) -> Manifest
         # Digests have a fixed width: the header is written now and overwritten, in place, when they are known.
         header = _encode_header(manifest, order)
         file.write(header)
-        digests = {
-            name: hash_blocks(name, manifest.tensors[name], blocks[name], file.write) for name in order
-        }
+        digests = {name: hash_blocks(name, manifest.tensors[name], blocks[name], file.write) for name in order}
         finished = manifest.model_copy(update={"tensors": _with_digests(manifest.tensors, digests)})
         file.seek(0)
         file.write(_encode_header(finished, order))
@@ -74,9 +72,7 @@ def read_header(path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ArtifactFormatError(f"{path.name}: no __metadata__ of strings in the header. Not an artifact.")
     if not {"manifest", "manifest_sha256"} <= set(metadata):
-        raise ArtifactFormatError(
-            f"{path.name}: the header has no manifest. A safetensors file, but not an artifact."
-        )
+        raise ArtifactFormatError(f"{path.name}: the header has no manifest. A safetensors file, but not an artifact.")
     return Header(
         manifest=metadata["manifest"].encode("utf-8", "surrogatepass"),
         manifest_sha256=metadata["manifest_sha256"],
@@ -86,9 +82,7 @@ def read_header(path: Path) -> Header:
 
 def _encode_header(manifest: Manifest, order: list[str]) -> bytes:
     raw = manifest.to_bytes()
-    document: dict[str, Any] = {
-        "__metadata__": {"manifest": raw.decode("utf-8"), "manifest_sha256": manifest.sha256()}
-    }
+    document: dict[str, Any] = {"__metadata__": {"manifest": raw.decode("utf-8"), "manifest_sha256": manifest.sha256()}}
     start = 0
     for name in order:
         info = manifest.tensors[name]
@@ -117,9 +111,7 @@ def _header_length(file: BinaryIO, file_bytes: int, where: str) -> int:
             "It is cut off or not a safetensors file: copy it again."
         )
     if length > _MAX_HEADER_BYTES:
-        raise ArtifactFormatError(
-            f"{where}: the header has {length} bytes, at most {_MAX_HEADER_BYTES} are read."
-        )
+        raise ArtifactFormatError(f"{where}: the header has {length} bytes, at most {_MAX_HEADER_BYTES} are read.")
     return length
 
 
@@ -150,7 +142,7 @@ def _locate(document: dict[str, Any], data_start: int, file_bytes: int, where: s
     return locations
 
 
-def _parse_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, int]:  # noqa: ANN401 (parsed JSON)
+def _parse_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     problem = ArtifactFormatError(
         f"{where}: header entry {name!r} is not dtype, shape and data_offsets of a tensor of the format."
     )
@@ -164,7 +156,7 @@ def _parse_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, in
     return TensorInfo(dtype=_DTYPE_NAMES[dtype], shape=tuple(shape)), offsets[0], offsets[1]
 
 
-def _are_counts(values: Any) -> bool:  # noqa: ANN401 (parsed JSON)
+def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
     )

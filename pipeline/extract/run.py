@@ -115,9 +115,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         classes=data.class_names,
         software=software_versions(_SOFTWARE),
     )
-    manifest = write_artifact(
-        settings.out, manifest, statistics.tensors() | samples, overwrite=settings.overwrite
-    )
+    manifest = write_artifact(settings.out, manifest, statistics.tensors() | samples, overwrite=settings.overwrite)
     return ExtractResult(
         path=settings.out,
         manifest=manifest,
@@ -139,7 +137,11 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
     precision = resolve_precision(settings.precision, device)
     teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.pooling, device, precision)
     info = teacher.info
-    taken = {"cls": "[CLS] after the last norm", "pooled": "its own pooled output", "mean": "the mean of its tokens"}
+    taken = {
+        "cls": "[CLS] after the last norm",
+        "pooled": "its own pooled output",
+        "mean": "the mean of its tokens",
+    }
     LOGGER.info(
         "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
         *(info.name, info.architecture, taken[info.pooling], info.embed_dim, info.precision, device),

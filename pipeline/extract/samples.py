@@ -32,13 +32,11 @@ class SampleSpool:
         """
         self._embed_dim = embed_dim
         self._dtype = np.dtype(dtype) if dtype else None
-        self._file = tempfile.TemporaryFile(dir=folder) if dtype else None
+        self._file = tempfile.TemporaryFile(dir=folder) if dtype else None  # noqa: SIM115 (lives as long as this)
         self._keys: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int32]] = []
 
-    def add(
-        self, keys: NDArray[np.uint8], labels: NDArray[np.int64], embeddings: NDArray[np.float32]
-    ) -> None:
+    def add(self, keys: NDArray[np.uint8], labels: NDArray[np.int64], embeddings: NDArray[np.float32]) -> None:
         """Append one batch.
 
         Args:

@@ -50,7 +50,7 @@ def check_no_empty_class(count: NDArray[np.int64], class_names: Sequence[str]) -
     Raises:
         PipelineError: names up to five of the classes.
     """
-    empty = [class_names[index] for index in np.flatnonzero(count == 0)]
+    empty = [class_names[index] for index in np.flatnonzero(count == 0).tolist()]
     if empty:
         listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         raise PipelineError(

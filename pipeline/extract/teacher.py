@@ -129,7 +129,7 @@ def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
         model, loading = transformers.AutoModel.from_pretrained(
             name, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # noqa: BLE001 (hub, configuration and weights each fail in ways of their own)
+    except Exception as error:
         raise PipelineError(
             f"{name}: the teacher cannot be loaded ({_first_line(error)}). "
             "It must be a transformers model with safetensors weights, by hub name or as a folder."
@@ -149,7 +149,7 @@ def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
     return model, missing
 
 
-def _resolve_pooling(model: Any, name: str, pooling: Pooling, missing: set[str]) -> Pooling:  # noqa: ANN401
+def _resolve_pooling(model: Any, name: str, pooling: Pooling, missing: set[str]) -> Pooling:
     if pooling == "auto":
         pooling = "cls"
         if not _has_class_token(model):
@@ -165,21 +165,22 @@ def _resolve_pooling(model: Any, name: str, pooling: Pooling, missing: set[str])
     return pooling
 
 
-def _pool(model: Any, output: Any, pooling: str) -> Tensor:  # noqa: ANN401 (transformers' classes are not typed)
+def _pool(model: Any, output: Any, pooling: str) -> Tensor:
     hidden: Tensor = output.last_hidden_state  # (B, tokens, D), or (B, D, height, width)
+    pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooling == "cls":
         # CLIP's towers apply their last norm to [CLS] alone, behind `last_hidden_state`.
-        norm = getattr(model, "post_layernorm", None)
-        return hidden[:, 0] if norm is None else norm(hidden[:, 0])  # type: ignore[no-any-return]
-    pooled = getattr(output, "pooler_output", None)
+        norm = getattr(model, "post_layernorm", torch.nn.Identity())
+        cls: Tensor = norm(hidden[:, 0])
+        return cls
     if pooling == "pooled" and pooled is not None:
-        return pooled.flatten(1)  # type: ignore[no-any-return]
+        return pooled.flatten(1)
     if hidden.ndim == 4:
         return hidden.mean(dim=(2, 3))
     return hidden[:, 1 if _has_class_token(model) else 0 :].mean(dim=1)
 
 
-def _has_class_token(model: Any) -> bool:  # noqa: ANN401 (transformers' classes are not typed)
+def _has_class_token(model: Any) -> bool:
     return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters())
 
 

@@ -1,0 +1,151 @@
+"""How good a student is on labelled images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data import DataSettings, Labelled, load_labelled
+from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.student import Student, load_student
+from pipeline.errors import PipelineError
+from pipeline.progress import ProgressBar
+from pipeline.runtime import Precision, batch_must_fit, resolve_device, resolve_precision
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies in percent. `correct` and `count` [C] are per class of the student, top-1."""
+
+    top1: float
+    top5: float
+    class_names: tuple[str, ...]
+    correct: NDArray[np.int64]
+    count: NDArray[np.int64]
+    seconds: float
+    images_per_second: float
+
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """Return number of images and top-1 accuracy in percent of each class that has images."""
+        return {
+            name: {"num_images": int(count), "top1": 100 * int(correct) / int(count)}
+            for name, correct, count in zip(self.class_names, self.correct, self.count, strict=True)
+            if count
+        }
+
+    def worst(self) -> list[tuple[str, float]]:
+        """Return up to five classes of lowest accuracy, with it, in percent."""
+        return sorted(((name, figures["top1"]) for name, figures in self.per_class().items()), key=lambda row: row[1])[
+            :5
+        ]
+
+
+def evaluate_student(
+    student: Student,
+    images: DecodedImages,
+    device: torch.device,
+    precision: torch.dtype,
+    batch_size: int = EVALUATION_BATCH,
+) -> Evaluation:
+    """Classify images and compare with their labels.
+
+    Args:
+        student: on `device`; its mode is left as it was.
+        images: their labels are indices into the student's classes.
+        device: where to compute.
+        precision: bfloat16 or float32 arithmetic.
+        batch_size: images at once; changes speed and memory only.
+
+    Returns:
+        The accuracies.
+    """
+    num_classes = len(student.config.class_names)
+    correct, count, top5 = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), 0
+    was_training = student.training
+    student.eval()
+    with (
+        ProgressBar("evaluating", len(images)) as bar,
+        torch.inference_mode(),
+        torch.autocast(device.type, precision, enabled=precision != torch.float32),
+        batch_must_fit(batch_size, "evaluation"),
+    ):
+        for start in range(0, len(images), batch_size):
+            places = images.places[start : start + batch_size]
+            labels = images.labels[start : start + batch_size]
+            pixels = torch.from_numpy(images.pixels[places]).to(device)
+            logits = student(student.normalise(pixels))[1].float()
+            best = logits.topk(min(5, num_classes), dim=1).indices.cpu().numpy()
+            hit = best == labels[:, None]
+            top5 += int(hit.any(axis=1).sum())
+            np.add.at(correct, labels[hit[:, 0]], 1)
+            np.add.at(count, labels, 1)
+            bar.advance(len(places))
+    student.train(was_training)
+    total = int(count.sum())
+    return Evaluation(
+        top1=100 * int(correct.sum()) / total,
+        top5=100 * top5 / total,
+        class_names=student.config.class_names,
+        correct=correct,
+        count=count,
+        seconds=bar.seconds,
+        images_per_second=total / bar.seconds,
+    )
+
+
+def student_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int64]:
+    """Translate a data set's labels into a student's classes, by name.
+
+    Args:
+        data: the data to evaluate on.
+        class_names: the student's.
+
+    Returns:
+        [N] indices into `class_names`.
+
+    Raises:
+        PipelineError: the data has images of a class that the student does not know.
+    """
+    index_of = {name: index for index, name in enumerate(class_names)}
+    table = np.array([index_of.get(name, -1) for name in data.class_names], np.int64)
+    labels: NDArray[np.int64] = table[data.labels]
+    if (labels < 0).any():
+        unknown = [data.class_names[index] for index in np.unique(data.labels[labels < 0])]
+        raise PipelineError(
+            f"{data.settings.dataset}, split {data.settings.split}: {len(unknown)} of its classes are unknown to the "
+            f"student ({', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}). It knows {len(class_names)}, "
+            f"among them {', '.join(class_names[:3])}."
+        )
+    return labels
+
+
+def evaluate_run(
+    run_directory: Path, settings: DataSettings, precision: Precision, device: str, *, skip_bad: bool
+) -> Evaluation:
+    """Evaluate a student from disk on a data set.
+
+    Args:
+        run_directory: what `distill` wrote, or the `student` folder in it.
+        settings: which images.
+        precision: arithmetic.
+        device: where to compute.
+        skip_bad: leave out images that cannot be decoded.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        PipelineError: anything a user can cause.
+    """
+    place = resolve_device(device)
+    student = load_student(run_directory).to(place)
+    data = load_labelled(settings)
+    labels = student_labels(data, student.config.class_names)
+    images = decode_images(data, student.config.image_size, skip_bad=skip_bad)
+    images = replace(images, labels=labels[images.source_rows])
+    return evaluate_student(student, images, place, resolve_precision(precision, place))

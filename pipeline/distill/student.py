@@ -1,0 +1,295 @@
+"""The student: a timm model that gives an embedding and logits, and its folder on disk.
+
+The folder opens with timm, with transformers and here, with equal logits. Nothing in it is pickled.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+
+_ALIGNMENT_BYTES = 64
+_DTYPE_CODES = {torch.float32: "F32", torch.int64: "I64"}
+# Table I: layers, width, heads; the MLP is four times as wide as the embedding.
+_TABLE_I = {"base": (6, 256, 8), "large": (10, 512, 8)}
+_PATCH_PX = 4
+# A student's folder may come from a stranger: timm's factory also takes arguments that load other files.
+_MODEL_ARGS = frozenset(
+    {
+        "img_size",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "pre_norm",
+        "act_layer",
+        "attn_drop_rate",
+    }
+)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Everything that rebuilds a student but its weights.
+
+    `mean` and `std` are of RGB in 0…1. Images are resized (bicubic) to `image_size` on their shorter side and
+    cropped at the centre.
+    """
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    class_names: tuple[str, ...]
+
+
+class Student(nn.Module):
+    """A timm classifier with its embedding laid open."""
+
+    def __init__(self, model: nn.Module, config: StudentConfig) -> None:
+        """Wrap a model that `build_student` made; use that."""
+        super().__init__()
+        self.model = model
+        self.config = config
+        self._mean: Tensor
+        self._std: Tensor
+        self.register_buffer("_mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The last layer, from embedding to logits."""
+        layer: nn.Linear = self.model.get_classifier()  # type: ignore[operator]
+        return layer
+
+    @property
+    def embed_dim(self) -> int:
+        """Length of an embedding (d in the paper's terms)."""
+        return self.classifier.in_features
+
+    def forward(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch classes"]]:
+        """Compute embeddings and logits.
+
+        Args:
+            pixels: as `normalise` returns them.
+
+        Returns:
+            Embeddings ([CLS] after the last norm for a ViT, pooled features for others), and logits.
+        """
+        features = self.model.forward_features(pixels)  # type: ignore[operator]
+        embedding = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return embedding, self.classifier(embedding)
+
+    def normalise(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+        """Turn 8-bit pixels into what the model takes, by the arithmetic of torchvision's transforms."""
+        return (pixels.permute(0, 3, 1, 2).float().div(255) - self._mean) / self._std
+
+
+def student_config(name: str, image_size: int, class_names: tuple[str, ...], attention_dropout: float) -> StudentConfig:
+    """Choose architecture and input of a student.
+
+    Args:
+        name: `base` or `large` (Table I: a CLIP-style ViT with patch 4, normed before its blocks, its patch
+            embedding without bias, QuickGELU), or any timm model.
+        image_size: side of the input in pixels.
+        class_names: one for each output.
+        attention_dropout: of `base` and `large`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        PipelineError: timm has no such model.
+    """
+    if name in _TABLE_I:
+        depth, width, num_heads = _TABLE_I[name]
+        args = {
+            "img_size": image_size,
+            "patch_size": _PATCH_PX,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": 4.0,
+            "pre_norm": True,
+            "act_layer": "quick_gelu",
+            "attn_drop_rate": attention_dropout,
+        }
+        return StudentConfig("vit_tiny_patch16_224", args, image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, class_names)
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name}*")[:5]
+        hint = f" Similar: {', '.join(similar)}." if similar else ""
+        raise PipelineError(f"student {name!r} is neither base, large nor a timm model.{hint}")
+    defaults = timm.get_pretrained_cfg(name)
+    fixed = defaults is not None and defaults.fixed_input_size
+    mean, std = (defaults.mean, defaults.std) if defaults else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    args = {"img_size": image_size} if fixed else {}
+    return StudentConfig(name, args, image_size, tuple(mean), tuple(std), class_names)
+
+
+def build_student(config: StudentConfig) -> Student:
+    """Make a student with random weights, and try it on one batch.
+
+    Args:
+        config: what to build.
+
+    Returns:
+        The student, on the CPU, in evaluation mode.
+
+    Raises:
+        PipelineError: it does not take images of this size, or cannot be split into embedding and classifier.
+    """
+    size, where = config.image_size, f"student {config.architecture}"
+    try:
+        model = timm.create_model(
+            config.architecture, pretrained=False, num_classes=len(config.class_names), **config.model_args
+        )
+        _check_patch(model, size, where)
+        student = Student(model, config).eval()
+        with torch.no_grad():
+            pixels = torch.zeros(2, 3, size, size)
+            if not isinstance(model.get_classifier(), nn.Linear):
+                raise PipelineError(f"{where}: its classifier is not one linear layer. Choose another timm model.")
+            embedding, logits = student(pixels)
+            whole = model(pixels)
+    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({error}).") from error
+    if embedding.ndim != 2 or not torch.allclose(logits, whole, rtol=1e-4, atol=1e-5):
+        raise PipelineError(f"{where}: its logits are not a linear function of its embedding. Choose another model.")
+    return student
+
+
+def save_student(student: Student, folder: Path) -> None:
+    """Write a student's folder; an older student in it is replaced in one step a file.
+
+    Args:
+        student: on any device.
+        folder: made if it does not exist.
+    """
+    folder.mkdir(exist_ok=True)
+    config = student.config
+    document = {
+        "architecture": config.architecture,
+        "num_classes": len(config.class_names),
+        "num_features": student.embed_dim,
+        "label_names": list(config.class_names),
+        "model_args": dict(config.model_args),
+        "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "num_classes": len(config.class_names),
+        },
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    write_atomically(folder / "config.json", text.encode())
+    weights = {name: tensor.detach().cpu() for name, tensor in student.model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", _encode_weights(weights))
+
+
+def load_student(folder: Path) -> Student:
+    """Read a student's folder.
+
+    Args:
+        folder: a run directory, or the `student` folder in it.
+
+    Returns:
+        The student, on the CPU, in evaluation mode.
+
+    Raises:
+        PipelineError: it is missing, damaged, or not a student.
+    """
+    folder = folder / "student" if (folder / "student").is_dir() else folder
+    try:
+        document = json.loads((folder / "config.json").read_text("utf-8"))
+        preprocessing = document["pretrained_cfg"]
+        config = StudentConfig(
+            architecture=str(document["architecture"]),
+            model_args=dict(document["model_args"]),
+            image_size=int(preprocessing["input_size"][1]),
+            mean=tuple(map(float, preprocessing["mean"])),  # type: ignore[arg-type]
+            std=tuple(map(float, preprocessing["std"])),  # type: ignore[arg-type]
+            class_names=tuple(map(str, document["label_names"])),
+        )
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"{folder}: no student here ({Path(error.filename or '').name} is missing). Pass a run directory."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise PipelineError(f"{folder}: the student is damaged ({type(error).__name__}: {error}).") from None
+    if not timm.is_model(config.architecture) or not set(config.model_args) <= _MODEL_ARGS:
+        raise PipelineError(f"{folder}: config.json does not describe a student of this program.")
+    student = build_student(config)
+    try:
+        student.model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise PipelineError(f"{folder}: model.safetensors does not fit config.json ({detail}).") from None
+    return student
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: it is the old one or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: all of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _encode_weights(weights: Mapping[str, Tensor]) -> bytes:
+    # Readers map this file into memory, and kernels add up in another order where a weight is not aligned: then
+    # logits would differ in the last bit between readers that copy and readers that map. So the data begins at a
+    # multiple of 64 bytes, and tensors whose size is not one stand last. The safetensors library can do neither.
+    order = sorted(weights, key=lambda name: (weights[name].nbytes % _ALIGNMENT_BYTES != 0, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in order:
+        tensor = weights[name]
+        span = [position, position + tensor.nbytes]
+        header[name] = {
+            "dtype": _DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
+        position = span[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT_BYTES)
+    data = b"".join(weights[name].contiguous().numpy().tobytes() for name in order)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def _check_patch(model: nn.Module, image_size: int, where: str) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple | list) else patch
+    if isinstance(side, int) and image_size % side:
+        lower, upper = image_size // side * side, (image_size // side + 1) * side
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        raise PipelineError(
+            f"{where}: image size {image_size} is not divisible by its patch size {side}. Pass --image-size {fitting}."
+        )
