@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def class_prototype_loss(
-    student: Float[Tensor, "batch width"],
-    projected: Float[Tensor, "classes width"],
+    student: Float[Tensor, "batch student_dim"],
+    projected: Float[Tensor, "classes student_dim"],
     labels: Int[Tensor, " batch"],
     logit_scale: float,
 ) -> Float[Tensor, ""]:
@@ -30,8 +30,8 @@ def class_prototype_loss(
 
 
 def sample_contrastive_loss(
-    student: Float[Tensor, "batch width"],
-    projected: Float[Tensor, "batch width"],
+    student: Float[Tensor, "batch student_dim"],
+    projected: Float[Tensor, "batch student_dim"],
     image_ids: Int[Tensor, " batch"],
     logit_scale: float,
 ) -> Float[Tensor, ""]:
@@ -54,7 +54,7 @@ def sample_contrastive_loss(
 
 
 def cosine_regression_loss(
-    student: Float[Tensor, "batch width"], projected: Float[Tensor, "batch width"]
+    student: Float[Tensor, "batch student_dim"], projected: Float[Tensor, "batch student_dim"]
 ) -> Float[Tensor, ""]:
     """Compute L_cos: the mean of 1 − ŝ_i·p̂_i.
 
@@ -90,5 +90,7 @@ def total_loss(
     return loss if cosine is None else loss + cosine_weight * cosine
 
 
-def _cosines(left: Float[Tensor, "rows width"], right: Float[Tensor, "columns width"]) -> Float[Tensor, "rows columns"]:
+def _cosines(
+    left: Float[Tensor, "rows student_dim"], right: Float[Tensor, "columns student_dim"]
+) -> Float[Tensor, "rows columns"]:
     return F.normalize(left.float(), dim=1) @ F.normalize(right.float(), dim=1).T

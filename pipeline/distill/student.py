@@ -83,7 +83,7 @@ class Student(nn.Module):
 
     def forward(
         self, pixels: Float[Tensor, "batch 3 height width"]
-    ) -> tuple[Float[Tensor, "batch width"], Float[Tensor, "batch classes"]]:
+    ) -> tuple[Float[Tensor, "batch student_dim"], Float[Tensor, "batch classes"]]:
         """Compute embeddings and logits.
 
         Args:
