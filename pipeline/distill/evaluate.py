@@ -30,7 +30,7 @@ class Evaluation:
     seconds: float
     images_per_second: float
 
-    def per_class(self) -> dict[str, dict[str, float]]:
+    def per_class(self) -> dict[str, dict[str, int | float]]:
         """Return number of images and top-1 accuracy in percent of each class that has images."""
         return {
             name: {"num_images": int(count), "top1": 100 * int(correct) / int(count)}

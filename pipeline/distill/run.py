@@ -14,7 +14,7 @@ from pipeline.distill.images import DecodedImages, decode_images, held_out
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.record import RunDirectory
 from pipeline.distill.student import Student, build_student, student_config
-from pipeline.distill.targets import check_target, class_rows, join
+from pipeline.distill.targets import class_rows, join, verify_for
 from pipeline.errors import PipelineError
 from pipeline.output import check_output
 from pipeline.progress import LOGGER, duration
@@ -65,7 +65,7 @@ def distill(settings: DistillSettings) -> DistillResult:
     compute = Compute(device, resolve_precision(settings.precision, device), settings.seed)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite)
     with open_artifact(settings.artifact) as artifact:
-        check_target(artifact, settings.target)
+        verify_for(artifact, settings.target)
         data = load_labelled(settings.data)
         rows = class_rows(artifact, data.class_names, data.classes_named, by_index=settings.join_by_index)
         evaluation = _evaluation_data(settings)

@@ -46,17 +46,25 @@ class Targets:
         return torch.from_numpy(stored.astype(np.float32))
 
 
-def check_target(artifact: Artifact, target: Target) -> None:
-    """Check that the artifact carries what the target needs.
+def verify_for(artifact: Artifact, target: Target) -> None:
+    """Check that the artifact carries what the target needs, and every byte of that.
+
+    Args:
+        artifact: the artifact.
+        target: what will be used.
 
     Raises:
         PipelineError: samples are asked for, and it has class embeddings only.
+        StoreError: a tensor is damaged.
     """
     if target != "class" and "sample/embedding" not in artifact:
         raise PipelineError(
             f"{artifact.path.name}: has no sample embeddings, which --target {target} needs. "
             "Pass --target class, or extract with --samples."
         )
+    samples = ("sample/key", "sample/label", "sample/embedding")
+    for name in ("class/mean", *(samples if target != "class" else ())):
+        _ = artifact[name]  # the first access verifies; training gathers rows unchecked
 
 
 def class_rows(
@@ -105,7 +113,7 @@ def join(
     """Join an artifact to the training images.
 
     Args:
-        artifact: every tensor that is used is verified here.
+        artifact: verified for the target.
         images: the training images.
         rows: [C] the artifact's row of each class, as `class_rows` finds them.
         target: what will be used.
@@ -116,13 +124,11 @@ def join(
 
     Raises:
         PipelineError: too many images have no sample embedding; some are named.
-        StoreError: a tensor is damaged.
     """
     class_embeddings = torch.from_numpy(np.array(artifact["class/mean"][rows], np.float32))
     if target == "class":
         nothing = np.empty(0, np.int64)
         return Targets(artifact, class_embeddings, nothing, nothing, 0)
-    _ = artifact["sample/embedding"]  # verified once; training gathers from it unchecked
     sample_rows = artifact.find(images.keys, rows[images.labels])
     missing = np.flatnonzero(sample_rows < 0)
     if len(missing) > max_missing * len(images):

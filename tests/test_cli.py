@@ -1,0 +1,289 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+from PIL import Image
+
+import cli
+from tests.conftest import make_split
+
+Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(cli.__file__).parent
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run a command in this process; returns its exit status and what it printed."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["clip-embed-kd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    yield run_command
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_teacher: Path, saved_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pipeline.data import DataSettings
+    from pipeline.extract import ExtractSettings, extract
+
+    out = tmp_path_factory.mktemp("artifact") / "tiny.safetensors"
+    data = DataSettings(dataset=str(saved_data))
+    return extract(ExtractSettings(teacher=str(tiny_teacher), data=data, out=out, samples=True)).path
+
+
+def commands(
+    group: click.Group = cli.cli, prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*prefix, name))
+        else:
+            yield (*prefix, name), command
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), list(commands()), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_every_command_shows_help_with_an_example_and_its_version(
+    name: tuple[str, ...], command: click.Command, run: Run
+) -> None:
+    code, out, _ = run(*name, "--help")
+    assert code == 0
+    assert f"Example: clip-embed-kd {' '.join(name)}" in " ".join(out.split())
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help
+            assert not parameter.help[0].isupper()
+    assert run(*name, "--version")[1].startswith("clip-embed-kd ")
+
+
+def test_help_loads_no_heavy_library() -> None:
+    check = (
+        "import cli, sys; print([m for m in ('torch', 'numpy', 'datasets', 'pydantic', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_both_stages_run_from_the_command_line(tiny_teacher: Path, saved_data: Path, tmp_path: Path, run: Run) -> None:
+    artifact, student = tmp_path / "tiny.h5", tmp_path / "run"
+    code, out, _ = run("extract", "--teacher", tiny_teacher, "--dataset", saved_data, "--out", artifact)
+    assert code == 0
+    assert "3 classes × 24 values" in out
+    code, out, _ = run("store", "inspect", artifact)
+    assert code == 0
+    assert "tiny-vit, ViTModel" in out
+    assert "not verified" in out
+    command = ("distill", "--artifact", artifact, "--dataset", saved_data, "--out", student, "--student", "test_vit")
+    code, out, _ = run(*command, "--image-size", 32, "--epochs", 1, "--batch-size", 8)
+    assert code == 0
+    assert "accuracy  top-1 " in out
+    assert "images/s" in out
+    assert "memory" in out
+    code, out, _ = run("evaluate", "--student", student, "--dataset", saved_data, "--json")
+    assert code == 0
+    assert set(json.loads(out)) == {"top1", "top5", "num_images", "images_per_second", "seconds", "per_class"}
+    Image.new("L", (40, 30)).save(tmp_path / "grey.png")
+    code, out, _ = run("predict", "--student", student, tmp_path / "grey.png")
+    assert code == 0
+    assert out.startswith(str(tmp_path / "grey.png"))
+    code, out, _ = run("predict", "--student", student, tmp_path / "grey.png", "--json")
+    assert abs(sum(best["probability"] for best in json.loads(out)[str(tmp_path / "grey.png")]) - 1) < 1e-5
+
+
+def test_json_of_extract_and_distill_is_all_that_stands_on_stdout(
+    tiny_teacher: Path, saved_data: Path, tmp_path: Path, run: Run
+) -> None:
+    artifact = tmp_path / "tiny.safetensors"
+    _, out, _ = run("extract", "--teacher", tiny_teacher, "--dataset", saved_data, "--out", artifact, "--json")
+    assert json.loads(out)["num_images"] == 30
+    command = ("distill", "--artifact", artifact, "--dataset", saved_data, "--out", tmp_path / "run", "--json")
+    _, out, _ = run(*command, "--student", "test_resnet", "--max-steps", 1)
+    assert json.loads(out)["num_steps"] == 1
+    _, out, _ = run("store", "inspect", artifact, "--json")
+    assert json.loads(out)["manifest"]["teacher"]["embed_dim"] == 24
+
+
+def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[str, tuple[list[object], int, str]]:
+    out = folder / "out" / "x.safetensors"
+    extract: list[object] = ["extract", "--teacher", teacher, "--dataset", data, "--out", out]
+    run = folder / "out" / "run"
+    distill: list[object] = ["distill", "--artifact", artifact, "--dataset", data, "--out", run, "--max-steps", 1]
+    two_labels, floats, empty = folder / "two", folder / "floats", folder / "empty"
+    return {
+        "no teacher": ([*extract, "--teacher", "./nowhere"], 1, "./nowhere: no such teacher folder. Check --teacher."),
+        "a folder without a teacher": ([*extract, "--teacher", folder], 1, f"{folder}: the teacher cannot be loaded ("),
+        "no data set": ([*extract, "--dataset", "./no"], 1, "./no: no such data set folder. Check --dataset."),
+        "no split": ([*extract, "--split", "dev"], 1, f"{data}: no split 'dev'. It has 'train', 'test'."),
+        "no column": (
+            [*extract, "--label-column", "kind"],
+            1,
+            f"{data}: no column 'kind'. Candidates for --label-column: label.",
+        ),
+        "two label columns": (
+            [*extract, "--dataset", two_labels],
+            1,
+            f"{two_labels}: 2 columns could be the label column (fine, coarse). Pass --label-column.",
+        ),
+        "labels that are no classes": (
+            [*extract, "--dataset", floats, "--label-column", "score"],
+            1,
+            f"{floats}: column 'score' is Value('float32'), expected classes (class labels, integers or names). "
+            "Candidates for --label-column: label.",
+        ),
+        "a class without images": (
+            [*extract, "--dataset", empty],
+            1,
+            "1 of 4 classes have no image (dog). Every class needs at least one: choose another split, "
+            "raise --limit, or remove the class from the data set.",
+        ),
+        "another suffix": (
+            [*extract, "--out", folder / "x.pt"],
+            1,
+            f"{folder / 'x.pt'}: an artifact's name ends in .safetensors, .h5, .hdf5, found '.pt'.",
+        ),
+        "no folder": (
+            [*extract, "--out", folder / "none" / "x.h5"],
+            1,
+            f"{folder / 'none' / 'x.h5'}: the folder {folder / 'none'} does not exist. Make it first.",
+        ),
+        "an artifact in the way": (
+            [*extract, "--out", artifact],
+            1,
+            f"{artifact}: exists. Choose another --out, or pass --overwrite.",
+        ),
+        "no GPU": ([*distill, "--device", "cuda:99"], 1, "device 'cuda:99': PyTorch sees "),
+        "an unknown device": ([*distill, "--device", "abacus"], 1, "device 'abacus' is unknown; "),
+        "no artifact": (
+            [*distill, "--artifact", folder / "no.h5"],
+            1,
+            f"{folder / 'no.h5'}: artifact does not exist. Make one with `clip-embed-kd extract`.",
+        ),
+        "a damaged artifact": (
+            [*distill, "--artifact", folder / "damaged.safetensors"],
+            1,
+            "damaged.safetensors: class/mean has SHA-256 ",
+        ),
+        "classes that the artifact lacks": (
+            [*distill, "--dataset", empty],
+            1,
+            "tiny.safetensors: lacks 1 of the data's 4 classes (dog). It has 3, among them ant, bee, cat. "
+            "Is it the artifact of this data set?",
+        ),
+        "a patch that does not fit": (
+            [*distill, "--image-size", 30],
+            1,
+            "student vit_tiny_patch16_224: image size 30 is not divisible by its patch size 4. "
+            "Pass --image-size 28 or 32.",
+        ),
+        "an unknown student": (
+            [*distill, "--student", "hal9000"],
+            1,
+            "student 'hal9000' is neither base, large nor a ",
+        ),
+        "an unknown recipe": ([*distill, "--recipe", "cake"], 1, "recipe 'cake' does not exist. Choose paper, or the "),
+        "a number out of range": (
+            [*distill, "--alpha2", 2],
+            2,
+            "Invalid value for '--alpha2': 2.0 is not in the range",
+        ),
+        "an unknown option": ([*distill, "--fast"], 2, "No such option"),
+        "a student that is none": (
+            ["evaluate", "--student", folder, "--dataset", data],
+            1,
+            f"{folder}: no student here (",
+        ),
+    }
+
+
+NAMES = list(bad_inputs(Path(), Path(), Path(), Path()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    name: str, tiny_teacher: Path, saved_data: Path, artifact: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "out").mkdir()
+    two = make_split(6, 0).rename_column("label", "fine")
+    two.add_column("coarse", two["fine"], feature=two.features["fine"]).save_to_disk(str(tmp_path / "two"))
+    make_split(6, 0).add_column("score", [0.5] * 6).cast_column("score", _float()).save_to_disk(
+        str(tmp_path / "floats")
+    )
+    split = make_split(6, 0, ("ant", "bee", "cat", "dog")).filter(lambda row: row["label"] != 3)
+    split.save_to_disk(str(tmp_path / "empty"))
+    damaged = bytearray(artifact.read_bytes())
+    position = int.from_bytes(damaged[:8], "little") + 8
+    damaged[position + 3 * 8 + 3 * 24 * 4] ^= 1  # class/mean stands behind class/count and class/m2
+    (tmp_path / "damaged.safetensors").write_bytes(damaged)
+
+    arguments, expected_code, expected = bad_inputs(tiny_teacher, saved_data, artifact, tmp_path)[name]
+    code, out, err = run(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert (code, out) == (expected_code, "")
+    assert last.startswith(f"Error: {expected}")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["clip-embed-kd", "store", "inspect", "x.h5"])
+    monkeypatch.setattr("store.summarise", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_an_operating_system_error_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("store.summarise", full)
+    assert run("store", "inspect", "x.h5")[2] == "Error: x.h5: No space left on device.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_that_is_stopped_leaves_a_whole_student_or_nothing(
+    number: signal.Signals, code: int, artifact: Path, saved_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "distill",
+        "--artifact",
+        str(artifact),
+        "--dataset",
+        str(saved_data),
+    ]
+    command += ["--out", str(out), "--student", "test_resnet", "--epochs", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    status = json.loads((out / "run.json").read_text())["status"]
+    assert status == ("running" if number == signal.SIGKILL else "interrupted")
+    from pipeline.distill.student import load_student
+
+    assert load_student(out).config.class_names == ("ant", "bee", "cat")
+
+
+def _float() -> object:
+    import datasets
+
+    return datasets.Value("float32")
