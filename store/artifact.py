@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import layout
-from store.container import Blocks, Location, row_blocks
+from store.container import Blocks, Header, Location, row_blocks
 from store.errors import (
     ArtifactDigestError,
     ArtifactFormatError,
@@ -26,7 +26,7 @@ from store.errors import (
     ArtifactWriteError,
     StoreError,
 )
-from store.manifest import Manifest, TensorInfo, parse_manifest
+from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_manifest
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5")
 
@@ -41,13 +41,18 @@ class RowBlocks:
 
 
 class Artifact:
-    """An open artifact. Use it as a context manager; made by `open_artifact`."""
+    """An open artifact. Use it as a context manager; made by `open_artifact`.
 
-    def __init__(self, path: Path, manifest: Manifest, locations: Mapping[str, Location]) -> None:
+    `manifest_sha256` names the whole artifact, since the digest of every tensor stands in the manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, header: Header, identity: tuple[int, ...]) -> None:
         """Hold what `open_artifact` found; use that."""
         self.path = path
         self.manifest = manifest
-        self._locations = locations
+        self.manifest_sha256 = header.manifest_sha256
+        self._locations = header.locations
+        self._identity = identity
         self._maps: dict[str, NDArray[Any]] = {}
         self._verified: set[str] = set()
 
@@ -63,6 +68,10 @@ class Artifact:
     ) -> None:
         """Forget the memory maps; arrays that were handed out stay valid."""
         self._maps.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Go to another process without the memory maps, which would be pickled as arrays."""
+        return {**self.__dict__, "_maps": {}}
 
     def __contains__(self, name: object) -> bool:
         """Tell whether the artifact has a tensor of this name."""
@@ -143,7 +152,10 @@ class Artifact:
         if name not in self._maps:
             place = self._locations[name]
             dtype = layout.numpy_dtype(place.dtype)
-            self._maps[name] = np.memmap(self.path, dtype, "r", place.offset, place.shape)
+            with self.path.open("rb") as file:
+                if _identity(os.fstat(file.fileno())) != self._identity:
+                    raise ArtifactFormatError(f"{self.path.name}: was replaced while it was open. Open it again.")
+                self._maps[name] = np.memmap(file, dtype, "r", place.offset, place.shape)
         return self._maps[name]
 
     def _verify(self, name: str, array: NDArray[Any]) -> None:
@@ -174,17 +186,18 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     path = Path(path)
     backend = backend_of(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ArtifactNotFoundError(f"{path}: artifact {what}. Make one with `clip-embed-kd extract`.")
     try:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ArtifactNotFoundError(f"{path}: artifact {what}. Make one with `clip-embed-kd extract`.")
+        identity = _identity(path.stat())
         header = backend.read_header(path)
     except PermissionError:
         raise ArtifactNotFoundError(f"{path}: no permission to read the artifact.") from None
     manifest = parse_manifest(header.manifest, header.manifest_sha256, path.name)
     layout.check_layout(manifest, path.name)
     _check_agreement(manifest, header.locations, path.name)
-    return Artifact(path, manifest, header.locations)
+    return Artifact(path, manifest, header, identity)
 
 
 def write_artifact(
@@ -211,14 +224,27 @@ def write_artifact(
     """
     path = Path(path)
     backend = backend_of(path)
-    if path.exists() and not overwrite:
-        raise ArtifactWriteError(f"{path}: exists. Choose another file, or pass --overwrite.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        what = (
+            "is a folder. Choose another name."
+            if path.is_dir()
+            else "exists. Choose another file, or pass --overwrite."
+        )
+        raise ArtifactWriteError(f"{path}: {what}")
     infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
     manifest = manifest.model_copy(update={"tensors": infos})
     layout.check_layout(manifest, path.name)
-    blocks = {name: data.blocks if isinstance(data, RowBlocks) else row_blocks(data) for name, data in tensors.items()}
-    with _replacing(path) as temporary:
-        written: Manifest = backend.write(temporary, manifest, blocks)
+    if len(manifest.to_bytes()) > MAX_MANIFEST_BYTES:
+        raise ArtifactWriteError(f"{path}: the manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
+    blocks = {
+        name: _guarded(data.blocks if isinstance(data, RowBlocks) else row_blocks(data))
+        for name, data in tensors.items()
+    }
+    try:
+        with _replacing(path) as temporary:
+            written: Manifest = backend.write(temporary, manifest, blocks)
+    except _SourceError as error:
+        raise error.source from None
     return written
 
 
@@ -245,6 +271,10 @@ def backend_of(path: Path) -> ModuleType:
     raise StoreError(f"{path}: an artifact's name ends in {', '.join(SUFFIXES)}, found {path.suffix!r}.")
 
 
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _dtype_name(data: NDArray[Any] | RowBlocks) -> str:
     return data.dtype if isinstance(data.dtype, str) else data.dtype.name
 
@@ -263,6 +293,21 @@ def _check_agreement(manifest: Manifest, locations: Mapping[str, Location], wher
             )
 
 
+class _SourceError(Exception):
+    """Carries an error of the rows' source past the handlers of errors of writing."""
+
+    def __init__(self, source: Exception) -> None:
+        super().__init__()
+        self.source = source
+
+
+def _guarded(blocks: Blocks) -> Iterator[NDArray[Any]]:
+    try:
+        yield from blocks
+    except Exception as error:
+        raise _SourceError(error) from None
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
@@ -272,6 +317,8 @@ def _replacing(path: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ArtifactWriteError(f"{path}: another process is writing it.") from None
+            if not _is_same_file(lock, temporary):  # it was renamed or removed between open and flock
+                raise ArtifactWriteError(f"{path}: another process is writing it.")
             try:
                 yield temporary
                 temporary.replace(path)
@@ -279,8 +326,16 @@ def _replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
                 raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise ArtifactWriteError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise ArtifactWriteError(f"{path}: cannot be written ({reason}).") from None
+
+
+def _is_same_file(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

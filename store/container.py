@@ -75,10 +75,12 @@ def hash_blocks(name: str, info: TensorInfo, blocks: Blocks, write: Callable[[by
                 f"expected {info.dtype} rows of {list(info.shape[1:])}."
             )
         check_finite(name, block, "artifact")
+        num_rows += len(block)
+        if num_rows > info.shape[0]:
+            break  # a source may be endless
         data = np.ascontiguousarray(block, dtype).tobytes()
         digest.update(data)
         write(data)
-        num_rows += len(block)
     if num_rows != info.shape[0]:
         raise ArtifactWriteError(f"{name}: {num_rows} rows were given, {info.shape[0]} were announced.")
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from store.container import Blocks, Header, Location, hash_blocks
 from store.errors import ArtifactFormatError
-from store.layout import numpy_dtype
+from store.layout import check_name, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest
 
 _ALIGNMENT_BYTES = 64
@@ -76,6 +76,8 @@ def read_header(path: Path) -> Header:
                 manifest_sha256=_attribute(file, "manifest_sha256", path.name).decode("ascii", "replace"),
                 locations=_locate(file, path),
             )
+    except PermissionError:
+        raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         # The HDF5 library reports damage with any of these.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -111,7 +113,7 @@ def _attribute(file: h5py.File, name: str, where: str) -> bytes:
             f"{where}: attribute {name} has {kind.get_size()} bytes, at most {MAX_MANIFEST_BYTES} are read."
         )
     buffer = np.empty((), f"S{kind.get_size()}")
-    attribute.read(buffer)
+    attribute.read(buffer, mtype=kind)  # as stored: HDF5 does not convert between character sets
     return bytes(buffer.item())
 
 
@@ -124,6 +126,7 @@ def _locate(file: h5py.File, path: Path) -> dict[str, Location]:
             raise ArtifactFormatError(f"{path.name}: {group_name} is not a group of tensors.")
         for leaf in group:
             name = f"{group_name}/{leaf}"
+            check_name(name, path.name)
             dataset = _hard_link(group, leaf, path.name, name)
             if not isinstance(dataset, h5py.Dataset):
                 raise ArtifactFormatError(f"{path.name}: {name} is not a data set.")
@@ -144,7 +147,7 @@ def _location(dataset: h5py.Dataset, name: str, where: str, file_bytes: int) -> 
             f"{where}: {name} is not stored contiguously in this file without filters, as artifacts are."
         )
     dtype = _DTYPE_NAMES.get(dataset.dtype)
-    if dtype is None or h5py.check_dtype(ref=dataset.dtype) is not None:
+    if dtype is None:
         raise ArtifactFormatError(f"{where}: {name} has type {dataset.dtype}, which no tensor has.")
     shape = tuple(int(length) for length in dataset.shape)
     offset = dataset.id.get_offset()

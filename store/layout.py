@@ -3,6 +3,7 @@
 Axes: C classes, D embed_dim, S samples, V views.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ GROUPS = (
     frozenset({"sample/key", "sample/label", "sample/embedding"}),
 )
 
+_NAME = re.compile(r"[a-z0-9_]+/[a-z0-9_]+")
 _LITTLE_ENDIAN: dict[str, np.dtype[np.generic]] = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float16", "int64", "int32", "int8", "uint8")
 }
@@ -92,8 +94,14 @@ def check_layout(manifest: Manifest, where: str) -> None:
     if "sample/key" in tensors and tensors["sample/key"].shape:
         sizes["S"] = tensors["sample/key"].shape[0]
     for name, info in tensors.items():
+        check_name(name, where)
         rule = RULES.get(name)
         if rule is None:
+            if info.dtype not in _LITTLE_ENDIAN or not info.shape or min(info.shape) < 1:
+                raise ArtifactFormatError(
+                    f"{where}: {name} is {info.dtype!r} {list(info.shape)}, expected one of "
+                    f"{', '.join(_LITTLE_ENDIAN)} with at least one axis, none of them empty."
+                )
             continue
         if info.dtype not in rule.dtypes:
             raise ArtifactFormatError(f"{where}: {name} is {info.dtype}, expected {' or '.join(rule.dtypes)}.")
@@ -104,6 +112,20 @@ def check_layout(manifest: Manifest, where: str) -> None:
                 f"({' × '.join(str(axis) for axis in rule.axes)}: {len(manifest.classes)} classes, "
                 f"embed_dim {manifest.teacher.embed_dim}). The file is damaged: extract it again."
             )
+
+
+def check_name(name: str, where: str) -> None:
+    """Refuse a tensor name that is not group and leaf: HDF5 could not hold it, or a terminal not show it.
+
+    Args:
+        name: tensor name.
+        where: file name, for the message.
+
+    Raises:
+        ArtifactFormatError: another name.
+    """
+    if not _NAME.fullmatch(name):
+        raise ArtifactFormatError(f"{where}: tensor name {name!r} is not of the form group/leaf.")
 
 
 def check_finite(name: str, block: NDArray[np.generic], where: str) -> None:

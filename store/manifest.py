@@ -6,6 +6,7 @@ local path, so that the same extraction gives the same bytes.
 
 import hashlib
 import json
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -104,9 +105,11 @@ class Manifest(_Record):
     @field_validator("classes")
     @classmethod
     def _unique(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(classes)) != len(classes):
-            repeated = next(name for name in classes if classes.count(name) > 1)
-            raise ValueError(f"class name {repeated!r} stands twice")
+        seen: set[str] = set()
+        for name in classes:
+            if name in seen:
+                raise ValueError(f"class name {name!r} stands twice")
+            seen.add(name)
         return classes
 
     def to_bytes(self) -> bytes:
@@ -115,7 +118,7 @@ class Manifest(_Record):
         Returns:
             The bytes whose SHA-256 stands beside the manifest.
         """
-        document = self.model_dump(mode="json")
+        document = self.model_dump()  # mode="json" would turn NaN into null and a Path into text
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8")
 
@@ -149,13 +152,18 @@ def parse_manifest(raw: bytes, sha256: str, where: str) -> Manifest:
     document = parse_json(raw, where)
     _check_version(document, where)
     try:
-        return Manifest.model_validate(document)
+        manifest = Manifest.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ArtifactFormatError(
             f"{where}: manifest field {field}: {first['msg']}. The file is damaged: extract it again."
         ) from None
+    try:
+        manifest.to_bytes()
+    except ValueError as error:  # lone surrogates, or nested too deeply
+        raise ArtifactFormatError(f"{where}: manifest cannot be encoded ({error}).") from None
+    return manifest
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -172,7 +180,9 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         ArtifactFormatError: not UTF-8, not JSON, nested too deeply, a key twice, or not an object.
     """
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        document = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ArtifactFormatError(
             f"{where}: header is not valid JSON ({error}). The file is damaged or not an artifact."
@@ -200,6 +210,13 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(document) != len(pairs):
         raise ValueError("a key stands twice")
     return document
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a number")
+    return number
 
 
 def _no_constant(name: str) -> float:

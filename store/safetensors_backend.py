@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from store.container import Blocks, Header, Location, hash_blocks
 from store.errors import ArtifactFormatError
-from store.layout import num_bytes, numpy_dtype
+from store.layout import check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_json
 
 _DTYPE_CODES = {
@@ -119,6 +119,7 @@ def _locate(document: dict[str, Any], data_start: int, file_bytes: int, where: s
     locations: dict[str, Location] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in document.items():
+        check_name(name, where)
         info, begin, end = _parse_entry(name, entry, where)
         if end - begin != num_bytes(info):
             raise ArtifactFormatError(

@@ -1,5 +1,6 @@
 """What an artifact says of itself, for people and for machines. Nothing is verified here but the manifest."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,9 @@ def summarise(path: str | os.PathLike[str]) -> Summary:
         return Summary(
             file=artifact.path.name,
             file_bytes=Path(path).stat().st_size,
-            manifest_sha256=manifest.sha256(),
+            manifest_sha256=artifact.manifest_sha256,
             images_per_class=(int(count.min()), int(count.max())),
-            manifest=manifest.model_dump(mode="json"),
+            manifest=json.loads(manifest.to_bytes()),
         )
 
 

@@ -79,7 +79,7 @@ class RunDirectory:
             "recipe": recipe.model_dump(),
             "artifact": {
                 "file": artifact.path.name,
-                "manifest_sha256": manifest.sha256(),
+                "manifest_sha256": artifact.manifest_sha256,
                 "teacher": manifest.teacher.model_dump(),
             },
             "data": data,

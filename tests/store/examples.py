@@ -1,0 +1,174 @@
+"""Small valid artifacts, and files that other programs could have written in their place.
+
+`python -m tests.store.examples` writes the golden files anew. Do that only together with a new format version.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+import store
+
+Tensors = dict[str, NDArray[Any]]
+
+SUFFIXES = (".safetensors", ".h5")
+GOLDEN = Path(__file__).parent / "golden"
+# Files are written and synced: neither an example nor the search for one has a time limit.
+SEARCH = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+
+
+def make_manifest(num_classes: int = 3, embed_dim: int = 4, views: int = 2, **fields: Any) -> store.Manifest:
+    """Build a valid manifest without tensors; `fields` replace whole fields."""
+    return store.Manifest(
+        **{
+            "teacher": store.TeacherInfo(
+                name="owner/teacher",
+                weights_sha256="a" * 64,
+                architecture="vit",
+                pooling="cls",
+                embed_dim=embed_dim,
+                precision="float32",
+            ),
+            "data_set": store.DataSetInfo(
+                name="owner/images",
+                split="train",
+                image_column="image",
+                label_column="label",
+                rows=10,
+                classes_named=True,
+            ),
+            "preprocessing": {"size": 224, "mean": [0.5, 0.25, 0.125], "resample": None},
+            "sampling": store.SamplingInfo(per_class=None, seed=0, batch_size=4, views=views, images_sha256="b" * 64),
+            "classes": tuple(f"class {index}" for index in range(num_classes)),
+            "software": {"clip-embed-kd": "0.1.0"},
+            **fields,
+        }
+    )
+
+
+def class_tensors(num_classes: int = 3, embed_dim: int = 4) -> Tensors:
+    """Build the three tensors that every artifact has; the same numbers on every machine."""
+    numbers = np.arange(num_classes * embed_dim, dtype=np.float32).reshape(num_classes, embed_dim)
+    return {
+        "class/mean": numbers / 8 - 1,
+        "class/count": np.arange(1, num_classes + 1, dtype=np.int64),
+        "class/m2": numbers / 4,
+    }
+
+
+def sample_tensors(num_samples: int = 5, views: int = 2, embed_dim: int = 4) -> Tensors:
+    """Build samples, rows sorted by key; rows 1 and 2 have equal keys and the labels 0 and 2."""
+    keys = np.zeros((num_samples, 16), np.uint8)
+    keys[:, 0] = np.arange(num_samples)
+    labels = np.zeros(num_samples, np.int32)
+    keys[2:3], labels[2:3] = keys[1:2], 2
+    numbers = np.arange(num_samples * views * embed_dim, dtype=np.float16)
+    return {
+        "sample/key": keys,
+        "sample/label": labels,
+        "sample/embedding": (numbers / 16 - 1).reshape(num_samples, views, embed_dim),
+    }
+
+
+def all_tensors() -> Tensors:
+    """Build an example of every tensor that format 1 has together, sizes as in `make_manifest`."""
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return {
+        **class_tensors(),
+        **sample_tensors(),
+        "head/weight": 1 - numbers,
+        "head/bias": np.array([0.5, -0.0, -2], np.float32),
+        "class/text": numbers / 1024,
+        "sample/scale": np.full((5, 2), 0.25, np.float32),
+    }
+
+
+def document_of(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """Return the JSON document of a manifest that describes these tensors rightly."""
+    infos = {
+        name: store.TensorInfo(
+            dtype=array.dtype.name, shape=array.shape, sha256=hashlib.sha256(array.tobytes()).hexdigest()
+        )
+        for name, array in tensors.items()
+    }
+    document: dict[str, Any] = json.loads(make_manifest(tensors=infos).to_bytes())
+    return document
+
+
+def encode(document: object) -> bytes:
+    """Encode a manifest's document in the canonical way."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def save_foreign(
+    path: Path, document: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], sha256: str | None = None
+) -> None:
+    """Write any manifest beside any tensors, right or wrong, with the containers' own libraries."""
+    raw = encode(document)
+    sha256 = sha256 or hashlib.sha256(raw).hexdigest()
+    if path.suffix == ".safetensors":
+        metadata = {"manifest": raw.decode(), "manifest_sha256": sha256}
+        safetensors.numpy.save_file(dict(tensors), path, metadata)
+        return
+    with h5py.File(path, "w") as file:
+        file.attrs["manifest"] = np.bytes_(raw)
+        file.attrs["manifest_sha256"] = np.bytes_(sha256.encode())
+        for name, array in tensors.items():
+            file[name] = array
+
+
+def read_all(path: Path) -> Tensors:
+    """Open an artifact and read every tensor, digests checked."""
+    with store.open_artifact(path) as artifact:
+        return {name: artifact[name].copy() for name in artifact.manifest.tensors}
+
+
+def refusal(path: Path, kind: type[store.StoreError] = store.ArtifactFormatError) -> str:
+    """Return the message with which reading an artifact fails."""
+    with pytest.raises(store.StoreError) as caught:
+        read_all(path)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def write_refusal(
+    path: Path,
+    tensors: Mapping[str, NDArray[Any] | store.RowBlocks],
+    kind: type[store.StoreError] = store.ArtifactWriteError,
+    *,
+    overwrite: bool = False,
+) -> str:
+    """Return the message with which writing an artifact fails."""
+    with pytest.raises(store.StoreError) as caught:
+        store.write_artifact(path, make_manifest(), tensors, overwrite=overwrite)
+    assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of everything in a folder, hidden files too, sorted."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def assert_same_bits(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> None:
+    """Compare tensors by name, dtype, shape and bytes: −0.0 differs from 0.0 here."""
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].shape == array.shape, name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+if __name__ == "__main__":
+    for suffix in SUFFIXES:
+        golden = GOLDEN / f"format-1{suffix}"
+        store.write_artifact(golden, make_manifest(), all_tensors(), overwrite=True)

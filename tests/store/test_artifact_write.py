@@ -1,0 +1,241 @@
+import fcntl
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import store
+from tests.store.examples import (
+    assert_same_bits,
+    class_tensors,
+    file_names,
+    make_manifest,
+    read_all,
+    write_refusal,
+)
+
+ROWS = class_tensors()["class/mean"]
+Stream = dict[str, NDArray[Any] | store.RowBlocks]
+
+
+def streamed(blocks: Iterable[NDArray[Any]]) -> Stream:
+    return class_tensors() | {"class/mean": store.RowBlocks((3, 4), "float32", blocks)}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ((ROWS[:2],), "class/mean: 2 rows were given, 3 were announced."),
+        ((), "class/mean: 0 rows were given, 3 were announced."),
+        ((ROWS, ROWS[:1]), "class/mean: 4 rows were given, 3 were announced."),
+        (
+            (ROWS[:2], ROWS[2:].astype(np.float64)),
+            "class/mean: a block is float64 [1, 4], expected float32 rows of [4].",
+        ),
+        ((ROWS[:2], ROWS[2]), "class/mean: a block is float32 [4], expected float32 rows of [4]."),
+        ((ROWS[:, :3],), "class/mean: a block is float32 [3, 3], expected float32 rows of [4]."),
+    ],
+)
+def test_blocks_that_are_not_as_announced_leave_nothing_behind(
+    path: Path, blocks: tuple[NDArray[Any], ...], message: str
+) -> None:
+    assert write_refusal(path, streamed(blocks)) == message
+    assert file_names(path.parent) == []
+
+
+def test_too_many_rows_in_one_block_leave_nothing_behind(path: Path) -> None:
+    message = write_refusal(path, streamed([ROWS[:2], ROWS[:2]]))
+    assert message == "class/mean: 4 rows were given, 3 were announced."
+    assert file_names(path.parent) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_leave_nothing_behind(path: Path, value: float) -> None:
+    rows = ROWS.copy()
+    rows[2, 3] = value
+    for tensors in (streamed([rows[:1], rows[1:]]), class_tensors() | {"class/mean": rows}):
+        assert write_refusal(path, tensors, store.ArtifactFormatError) == (
+            "artifact: class/mean has values that are not finite (NaN or infinity)."
+        )
+        assert file_names(path.parent) == []
+
+
+def test_tensors_that_are_not_of_the_format_are_refused_before_a_row_is_read(path: Path) -> None:
+    started = []
+
+    def watched() -> Iterator[NDArray[Any]]:
+        started.append(True)
+        yield ROWS
+
+    blocks = store.RowBlocks((3, 5), "float32", watched())
+    message = write_refusal(path, class_tensors() | {"class/mean": blocks}, store.ArtifactFormatError)
+    assert message == (
+        f"{path.name}: class/mean has shape [3, 5], expected [3, 4] (C × D: 3 classes, embed_dim 4). "
+        "The file is damaged: extract it again."
+    )
+    assert started == []
+    assert file_names(path.parent) == []
+
+
+def test_an_existing_file_is_kept_unless_overwritten(path: Path) -> None:
+    path.write_bytes(b"old")
+    assert write_refusal(path, class_tensors()) == (f"{path}: exists. Choose another file, or pass --overwrite.")
+    assert path.read_bytes() == b"old"
+    store.write_artifact(path, make_manifest(), class_tensors(), overwrite=True)
+    assert_same_bits(read_all(path), class_tensors())
+    assert file_names(path.parent) == [path.name]
+
+
+class _Interrupt(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, _Interrupt])
+def test_a_write_that_fails_keeps_the_old_file(path: Path, error: type[BaseException]) -> None:
+    def interrupted() -> Iterator[NDArray[Any]]:
+        yield ROWS[:1]
+        raise error
+
+    path.write_bytes(b"old")
+    with pytest.raises(error):
+        store.write_artifact(path, make_manifest(), streamed(interrupted()), overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert file_names(path.parent) == [path.name]
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole(path: Path) -> None:
+    def look() -> Iterator[NDArray[Any]]:
+        assert path.read_bytes() == b"old"
+        yield ROWS
+
+    path.write_bytes(b"old")
+    store.write_artifact(path, make_manifest(), streamed(look()), overwrite=True)
+    assert_same_bits(read_all(path), class_tensors())
+
+
+def test_one_writer_at_a_time(path: Path) -> None:
+    messages = []
+
+    def write_again() -> Iterator[NDArray[Any]]:
+        messages.append(write_refusal(path, class_tensors()))
+        yield ROWS
+
+    store.write_artifact(path, make_manifest(), streamed(write_again()))
+    assert messages == [f"{path}: another process is writing it."]
+    assert_same_bits(read_all(path), class_tensors())
+    assert file_names(path.parent) == [path.name]
+
+
+def test_what_a_killed_writer_left_behind_is_written_over(path: Path) -> None:
+    left = []
+
+    def look() -> Iterator[NDArray[Any]]:
+        left.extend(file_names(path.parent))
+        yield ROWS
+
+    store.write_artifact(path, make_manifest(), streamed(look()))
+    whole = path.read_bytes()
+    path.unlink()
+    assert len(left) == 1
+    (path.parent / left[0]).write_bytes(b"x" * 100_000)
+    store.write_artifact(path, make_manifest(), class_tensors())
+    assert path.read_bytes() == whole
+    assert file_names(path.parent) == [path.name]
+
+
+def test_a_missing_folder_is_reported(path: Path) -> None:
+    path.parent.rmdir()
+    assert write_refusal(path, class_tensors()) == f"{path}: cannot be written (No such file or directory)."
+
+
+def test_a_folder_in_the_place_of_the_file_is_reported(path: Path) -> None:
+    path.mkdir()
+    assert write_refusal(path, class_tensors(), overwrite=True) == f"{path}: is a folder. Choose another name."
+    assert file_names(path.parent) == [path.name]
+
+
+FULL_DISK = """
+import resource, sys
+import store
+from tests.store.examples import class_tensors, make_manifest
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    store.write_artifact(sys.argv[1], make_manifest(3, 10_000), class_tensors(3, 10_000), overwrite=True)
+except store.ArtifactWriteError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_keeps_the_old_file(path: Path) -> None:
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", FULL_DISK, str(path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert path.read_bytes() == b"old"
+    assert file_names(path.parent) == [path.name]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path}: cannot be written (")
+    assert done.stdout.count("\n") == 1
+
+
+def test_an_error_of_the_source_is_not_one_of_writing(path: Path) -> None:
+    def missing() -> Iterator[NDArray[Any]]:
+        yield ROWS[:1]
+        raise FileNotFoundError(2, "No such file or directory", "image.png")
+
+    with pytest.raises(FileNotFoundError):
+        store.write_artifact(path, make_manifest(), streamed(missing()))
+
+
+def test_a_dtype_that_the_format_does_not_have_is_refused(path: Path) -> None:
+    write_refusal(path, class_tensors() | {"future/x": np.zeros(3)}, store.ArtifactFormatError)
+
+
+def test_writing_streams_in_constant_memory(path: Path) -> None:
+    num_rows, embed_dim, block_rows = 4096, 1024, 64
+    block = np.ones((block_rows, 1, embed_dim), np.float32)
+    keys = np.zeros((num_rows, 16), np.uint8)
+    keys[:, :2] = np.arange(num_rows, dtype=">u2").view(np.uint8).reshape(-1, 2)
+    tensors: dict[str, Any] = class_tensors(1, embed_dim) | {
+        "sample/key": keys,
+        "sample/label": np.zeros(num_rows, np.int32),
+        "sample/embedding": store.RowBlocks(
+            (num_rows, 1, embed_dim), "float32", (block for _ in range(num_rows // block_rows))
+        ),
+    }
+    tracemalloc.start()
+    try:
+        store.write_artifact(path, make_manifest(1, embed_dim, 1), tensors)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert os.path.getsize(path) > 16 * 1024 * 1024  # noqa: PTH202
+    assert peak_bytes < 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_a_lock_that_came_too_late_is_no_lock(path: Path, newcomer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_lock = fcntl.flock
+
+    def late(file: BinaryIO, operation: int) -> None:
+        (temporary,) = path.parent.iterdir()
+        temporary.unlink()
+        if newcomer:
+            temporary.write_bytes(b"of another writer")
+        take_lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert write_refusal(path, class_tensors()) == f"{path}: another process is writing it."
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("store.artifact.MAX_MANIFEST_BYTES", 100)
+    assert write_refusal(path, class_tensors()) == f"{path}: the manifest is larger than 100 bytes."
+    assert file_names(path.parent) == []
