@@ -47,6 +47,7 @@ class RunDirectory:
         self.path = path
         self._work = path.absolute().with_name(f".{path.name}.partial")  # where things are written
         self._record: dict[str, Any] = {}
+        self._scalars: Any = None  # TensorBoard's writer
         if path.exists() and overwrite and not (path / "run.json").is_file():
             raise PipelineError(f"{path}: is not a run directory, so it is not overwritten. Choose another --out.")
         if path.exists() and not overwrite:
@@ -70,8 +71,6 @@ class RunDirectory:
             data: what to say of the images.
             compute: device, precision and seed.
         """
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         manifest = artifact.manifest
         self._record = {
             "status": "running",
@@ -89,12 +88,12 @@ class RunDirectory:
         shutil.rmtree(self._work, ignore_errors=True)
         try:
             self._work.mkdir()
-            self._scalars = SummaryWriter(str(self._work / "tensorboard"))
             self._write_record()
             try:
                 yield
             finally:
-                self._scalars.close()
+                if self._scalars is not None:
+                    self._scalars.close()
         except BaseException as error:
             self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
             if isinstance(error, OSError):
@@ -104,7 +103,7 @@ class RunDirectory:
     def log_epoch(
         self, epoch: int, num_steps: int, learning_rate: float, result: EpochResult, evaluation: Evaluation
     ) -> None:
-        """Append one epoch to the metrics.
+        """Append one epoch to the metrics; its student has been saved before.
 
         Args:
             epoch: from 1.
@@ -126,7 +125,7 @@ class RunDirectory:
             "top1": evaluation.top1,
             "top5": evaluation.top5,
         }
-        with (self._work / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if name not in ("epoch", "step"):
@@ -142,6 +141,9 @@ class RunDirectory:
                 shutil.rmtree(self.path)
             self._work.rename(self.path)
             self._work = self.path
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+            self._scalars = SummaryWriter(str(self.path / "tensorboard"))  # keeps its path, so not before the rename
 
     def finish(self, result: dict[str, Any]) -> None:
         """Record the results and that the run came to its end."""

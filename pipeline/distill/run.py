@@ -98,8 +98,8 @@ def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps
         train_seconds += result.seconds
         trainer.finish_classifier()
         evaluation = evaluate_student(trainer.student, images.evaluation, compute.device, compute.precision)
-        directory.log_epoch(epoch, num_steps, recipe.learning_rate, result, evaluation)
         directory.save(trainer.student)
+        directory.log_epoch(epoch, num_steps, recipe.learning_rate, result, evaluation)
         LOGGER.info(
             "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
             *(epoch, recipe.epochs, result.loss, evaluation.top1),
