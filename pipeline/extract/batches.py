@@ -46,7 +46,7 @@ def read_batches(
     """
     cuts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     reader = _Reader(data, cuts, preprocess)
-    yield from DataLoader(reader, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    yield from DataLoader(reader, batch_size=None, num_workers=num_workers)
 
 
 class _Reader(Dataset[Batch]):

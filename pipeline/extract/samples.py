@@ -30,6 +30,7 @@ class SampleSpool:
             embed_dim: D.
             dtype: `float16` or `float32`; none keeps the pairs only.
         """
+        self._folder = folder
         self._embed_dim = embed_dim
         self._dtype = np.dtype(dtype) if dtype else None
         self._file = tempfile.TemporaryFile(dir=folder) if dtype else None  # noqa: SIM115 (lives as long as this)
@@ -57,7 +58,11 @@ class SampleSpool:
                 f"an embedding reaches {largest:.4g}, {self._dtype} ends at {np.finfo(self._dtype).max:.4g}. "
                 "Pass --dtype float32."
             )
-        self._file.write(embeddings.astype(self._dtype).tobytes())
+        try:
+            self._file.write(embeddings.astype(self._dtype).tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise PipelineError(f"{self._folder}: the sample embeddings do not fit ({error.strerror}).") from None
 
     def finish(self) -> tuple[str, dict[str, NDArray[Any] | RowBlocks]]:
         """Sort by (key, label) and drop repeats of a pair.
@@ -85,7 +90,6 @@ class SampleSpool:
 def _blocks(
     file: IO[bytes], dtype: np.dtype[Any], row_shape: tuple[int, int], order: NDArray[np.int64]
 ) -> Iterator[NDArray[Any]]:
-    file.flush()
     stored = np.memmap(file, dtype, "r").reshape(-1, *row_shape)
     for start in range(0, len(order), _BLOCK_ROWS):
         yield stored[order[start : start + _BLOCK_ROWS]]
