@@ -1,11 +1,12 @@
 """The demonstration's data: scikit-learn's handwritten digits as a labelled image data set with two splits.
 
-The images come with scikit-learn, so nothing is downloaded and nothing is written here. It resizes nothing and
-augments nothing: both are the teacher's and the student's business.
+The images come with scikit-learn: nothing is downloaded. Writes nothing, and neither resizes nor augments:
+those are the teacher's and the student's business.
 """
 
 import datasets
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.errors import PipelineError
@@ -34,9 +35,10 @@ def load_digits_splits() -> datasets.DatasetDict:
         ) from error
     digits = load_digits()
     pixels = np.rint(digits.images * 255 / _MAX_VALUE).astype(np.uint8)  # (1797, 8, 8)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASS_NAMES))})
+    label = datasets.ClassLabel(names=list(CLASS_NAMES))
+    features = datasets.Features({"image": datasets.Image(), "label": label})
 
-    def split(rows: np.ndarray) -> datasets.Dataset:
+    def split(rows: NDArray[np.int64]) -> datasets.Dataset:
         columns = {
             "image": [Image.fromarray(grey) for grey in pixels[rows]],
             "label": digits.target[rows].tolist(),

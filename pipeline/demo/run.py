@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from pipeline.data import DataSettings
 from pipeline.demo.digits import load_digits_splits
 from pipeline.distill import DistillResult, DistillSettings, distill
@@ -19,14 +21,12 @@ from pipeline.errors import PipelineError
 from pipeline.extract import ExtractResult, ExtractSettings, extract
 from pipeline.progress import LOGGER, duration, log_to_stderr, size
 
-TEACHER = Path(__file__).parent / "teacher"
+TEACHER = Path(__file__).parent / "digits-vit"
+RECIPE = Path(__file__).parent / "digits.toml"
+STUDENT = "test_resnet"  # timm's smallest ResNet: 0.5 million parameters
+NUM_LABELLED = 100
 ALPHAS = (0.0, 0.5)
 SEEDS = (0, 1, 2)
-NUM_LABELLED = 100
-EPOCHS = 20
-BATCH_SIZE = 50
-IMAGE_SIZE = 16
-LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def run_demo(out: Path) -> DemoResult:
     """
     log_to_stderr()
     start = time.monotonic()
+    datasets.disable_progress_bars()
     splits = load_digits_splits()
     _prepare(out)
     splits.save_to_disk(str(out / "digits"))
@@ -125,11 +126,9 @@ def distill_settings(out: Path, alpha2: float, seed: int) -> DistillSettings:
         artifact=out / "digits.safetensors",
         data=DataSettings(dataset=str(out / "digits"), limit=NUM_LABELLED),
         out=out / f"alpha2-{alpha2:g}-seed-{seed}",
-        image_size=IMAGE_SIZE,
+        student=STUDENT,
+        recipe=str(RECIPE),
         alpha2=alpha2,
-        epochs=EPOCHS,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
         seed=seed,
         overwrite=True,
     )
@@ -145,12 +144,10 @@ def command_line(command: str, settings: ExtractSettings | DistillSettings) -> s
     Returns:
         One line for a shell.
     """
-    values = settings.model_dump(exclude_defaults=True)
-    values |= {name: value for name, value in values.pop("data").items() if name != "config"}
     words = ["clip-embed-kd", command]
-    for name, value in values.items():
-        option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
-        words += [option] if value is True else [option, str(value)]
+    for name, value in settings.model_dump(exclude_defaults=True).items():
+        for option, setting in value.items() if name == "data" else [(name, value)]:
+            words += [f"--{option}"] if setting is True else [f"--{option}", str(setting)]
     return shlex.join(words)
 
 

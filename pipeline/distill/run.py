@@ -21,6 +21,8 @@ from pipeline.progress import LOGGER, duration
 from pipeline.runtime import PeakMemory, peak_memory, resolve_device, resolve_precision
 from store import Artifact, open_artifact
 
+_REPORT_SECONDS = 5.0  # between two lines of epochs that are shorter
+
 
 @dataclass(frozen=True)
 class DistillResult:
@@ -89,7 +91,7 @@ def distill(settings: DistillSettings) -> DistillResult:
 
 def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps: int | None) -> DistillResult:
     compute, recipe = trainer.compute, trainer.recipe
-    start = time.monotonic()
+    start = reported = time.monotonic()
     num_steps, num_images, train_seconds = 0, 0, 0.0
     for epoch in range(1, recipe.epochs + 1):
         result = trainer.run_epoch(images.train, epoch, None if max_steps is None else max_steps - num_steps)
@@ -100,12 +102,15 @@ def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps
         evaluation = evaluate_student(trainer.student, images.evaluation, compute.device, compute.precision)
         directory.save(trainer.student)
         directory.log_epoch(epoch, num_steps, recipe.learning_rate, result, evaluation)
-        LOGGER.info(
-            "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
-            *(epoch, recipe.epochs, result.loss, evaluation.top1),
-            *(result.num_images / result.seconds, duration(result.seconds + evaluation.seconds)),
-        )
-        if num_steps == max_steps:
+        last = epoch == recipe.epochs or num_steps == max_steps
+        if last or time.monotonic() - reported >= _REPORT_SECONDS:
+            reported = time.monotonic()
+            LOGGER.info(
+                "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
+                *(epoch, recipe.epochs, result.loss, evaluation.top1),
+                *(result.num_images / result.seconds, duration(result.seconds + evaluation.seconds)),
+            )
+        if last:
             break
     return DistillResult(
         run_directory=directory.path,
