@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import PipelineError
@@ -46,7 +46,8 @@ class BadImageError(PipelineError):
 class Labelled:
     """The rows of one split: images, decoded on demand, and their classes.
 
-    `labels` [N] int64 are indices into `class_names`. Where the data names no classes, the names are the
+    `labels` [N] int64 are indices into `class_names`, `numbers` [N] int64 the rows of the split, which differ
+    from 0…N−1 under a limit. Where the data names no classes, the names are the
     indices in decimal and `classes_named` is False.
     """
 
@@ -56,6 +57,7 @@ class Labelled:
     image_column: str
     label_column: str
     labels: NDArray[np.int64]
+    numbers: NDArray[np.int64]
     class_names: tuple[str, ...]
     classes_named: bool
 
@@ -103,8 +105,8 @@ class Labelled:
                 return to_rgb(image)
         except Exception as error:
             return BadImageError(
-                f"{self.settings.dataset}, split {self.settings.split}, row {row}: the image cannot be decoded "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+                f"{self.settings.dataset}, split {self.settings.split}, row {self.numbers[row]}: the image cannot be "
+                f"decoded ({_reason(error)}). "
                 "Mend or remove it, or pass --skip-bad to leave such images out and count them."
             )
 
@@ -129,11 +131,12 @@ def load_labelled(settings: DataSettings) -> Labelled:
     label_column = _label_column(rows.features, settings, image_column)
     labels, class_names, named = _labels(rows, label_column, settings)
     num_rows = len(rows)
+    numbers = np.arange(num_rows)
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     if settings.limit is not None and settings.limit < len(labels):
-        kept = _first_of_each_class(labels, settings.limit)
-        rows, labels = rows.select(kept), labels[kept]
-    return Labelled(rows, num_rows, settings, image_column, label_column, labels, class_names, named)
+        numbers = _first_of_each_class(labels, settings.limit)
+        rows, labels = rows.select(numbers), labels[numbers]
+    return Labelled(rows, num_rows, settings, image_column, label_column, labels, numbers, class_names, named)
 
 
 def evaluation_split(settings: DataSettings) -> str | None:
@@ -173,7 +176,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}
+    return image
 
 
 def sample_key(image: Image.Image) -> bytes:
@@ -205,8 +210,10 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
         else:
             loaded = datasets.load_dataset(settings.dataset, settings.config, revision=settings.revision)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PipelineError(f"{settings.dataset}: the data set cannot be loaded ({reason}).") from error
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+        raise PipelineError(
+            f"{settings.dataset}: the data set cannot be loaded ({_reason(cause or error)})."
+        ) from error
     # A data set that was saved without splits has one: the one asked for.
     return dict(loaded) if isinstance(loaded, dict) else {settings.split: loaded}
 
@@ -275,12 +282,24 @@ def _labels(
             "Is this an unlabelled split?"
         )
     if isinstance(feature, datasets.ClassLabel):
+        beyond = np.flatnonzero(labels >= len(feature.names))
+        if len(beyond):
+            raise PipelineError(
+                f"{settings.dataset}, split {settings.split}, row {beyond[0]}: {column} is {labels[beyond[0]]}, but "
+                f"the data set names {len(feature.names)} classes. Mend its labels or its class names."
+            )
         return labels, tuple(feature.names), True
     if labels.max() > max(1_000_000, len(labels)):
         raise PipelineError(
             f"{settings.dataset}: {column} goes up to {labels.max()}, expected class indices from 0 on."
         )
     return labels, tuple(str(index) for index in range(int(labels.max()) + 1)), False
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):  # Pillow's own text has a memory address in it
+        return "not an image of a known format"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _first_of_each_class(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

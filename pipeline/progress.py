@@ -74,8 +74,9 @@ class ProgressBar:
             self._last_plain = now
             left = (self._total - self._done) / max(rate, 1e-9)
             LOGGER.info(
-                "%s: %d of %d %s, %.0f %s/s, %s left %s",
-                *(self._what, self._done, self._total, self._unit, rate, self._unit, duration(left), note),
+                "%s: %d of %d %s, %.0f %s/s, %s left%s",
+                *(self._what, self._done, self._total, self._unit, rate, self._unit, duration(left)),
+                f" {note}" if note else "",
             )
 
 
@@ -88,7 +89,7 @@ def duration(seconds: float) -> str:
     Returns:
         E.g. `8.4 s`, `3 min 20 s`, `2 h 05 min`.
     """
-    if seconds < 60:
+    if seconds < 59.95:  # above, one digit would say 60.0
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -105,9 +106,9 @@ def size(num_bytes: float) -> str:
     Returns:
         E.g. `312 B`, `1.2 MB`, `3.4 GB`.
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+    for unit, digits in (("B", 0), ("kB", 1), ("MB", 1), ("GB", 1)):
+        if round(num_bytes, digits) < 1000:
+            return f"{num_bytes:.{digits}f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
 

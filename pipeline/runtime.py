@@ -46,7 +46,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise PipelineError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps.") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise PipelineError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PipelineError(
             f"device {name!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices. Pass --device cpu, or install "

@@ -1,11 +1,18 @@
 """Shared fixtures: a tiny random teacher, tiny data sets, and shapes checked at run time."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before any library looks: no test may reach a network, and no test needs one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="clip-embed-kd-datasets-")
+# Two processes whose threads wait for each other on the same cores take many times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
 import numpy as np
@@ -13,6 +20,7 @@ import pytest
 from jaxtyping import install_import_hook
 from PIL import Image
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 TYPED = ("losses", "student", "targets", "loop", "evaluate", "predict")
 install_import_hook([f"pipeline.distill.{name}" for name in TYPED], "beartype.beartype")
 install_import_hook("pipeline.extract.teacher", "beartype.beartype")

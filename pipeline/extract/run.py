@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,8 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     """
     start = time.monotonic()
     backend_of(settings.out)
+    if settings.out.is_dir():
+        raise PipelineError(f"{settings.out}: is a folder. Choose another --out.")
     check_output(settings.out, 0, replaceable=settings.overwrite)
     device = resolve_device(settings.device)
     data = load_labelled(settings.data)
@@ -76,34 +79,15 @@ def extract(settings: ExtractSettings) -> ExtractResult:
             *(short_classes, len(data.class_names), per_class),
         )
     teacher = _load_teacher(settings, device)
-    _check_room(settings, len(data.class_names), len(rows), teacher.info.embed_dim)
-
-    statistics = ClassStatistics(len(data.class_names), teacher.info.embed_dim)
-    spool = SampleSpool(
-        settings.out.absolute().parent, teacher.info.embed_dim, settings.dtype if settings.samples else None
-    )
-    num_bad = 0
-    with ProgressBar("embedding", len(rows)) as bar, batch_must_fit(settings.batch_size, "the teacher"):
-        workers = _num_workers(settings, device)
-        for batch in read_batches(data, rows, teacher.preprocess, settings.batch_size, workers):
-            if batch.bad and not settings.skip_bad:
-                raise batch.bad[0]
-            num_bad += len(batch.bad)
-            if batch.pixels is not None:
-                embeddings = teacher.embed(batch.pixels).cpu().numpy()
-                _check_finite(embeddings, batch.rows, settings)
-                statistics.add(embeddings, data.labels[batch.rows])
-                spool.add(batch.keys, data.labels[batch.rows], embeddings)
-            bar.advance(len(batch.rows) + len(batch.bad))
-    if num_bad:
-        LOGGER.info("%d images could not be decoded and were left out.", num_bad)
-    check_no_empty_class(statistics.count, data.class_names)
-    images_sha256, samples = spool.finish()
-    manifest = Manifest(
-        teacher=teacher.info,
-        data_set=_describe(data),
-        preprocessing=teacher.preprocess.describe(),
-        sampling=SamplingInfo(
+    embed_dim = teacher.info.embed_dim
+    _check_room(settings, len(data.class_names), len(rows), embed_dim)
+    statistics = ClassStatistics(len(data.class_names), embed_dim)
+    dtype = settings.dtype if settings.samples else None
+    with closing(SampleSpool(settings.out.absolute().parent, embed_dim, dtype)) as spool:
+        num_bad, embed_seconds = _embed(settings, data, rows, teacher, (statistics, spool))
+        check_no_empty_class(statistics.count, data.class_names)
+        images_sha256, samples = spool.finish()
+        sampling = SamplingInfo(
             per_class=per_class,
             limit=settings.data.limit,
             seed=settings.seed,
@@ -111,20 +95,46 @@ def extract(settings: ExtractSettings) -> ExtractResult:
             short_classes=short_classes,
             skipped_images=num_bad,
             images_sha256=images_sha256,
-        ),
-        classes=data.class_names,
-        software=software_versions(_SOFTWARE),
-    )
-    manifest = write_artifact(settings.out, manifest, statistics.tensors() | samples, overwrite=settings.overwrite)
+        )
+        tensors = statistics.tensors() | samples
+        manifest = _manifest(teacher, data, sampling)
+        manifest = write_artifact(settings.out, manifest, tensors, overwrite=settings.overwrite)
     return ExtractResult(
         path=settings.out,
         manifest=manifest,
         num_images=int(statistics.count.sum()),
         seconds=time.monotonic() - start,
-        images_per_second=len(rows) / bar.seconds,
+        images_per_second=len(rows) / embed_seconds,
         artifact_bytes=settings.out.stat().st_size,
         memory=peak_memory(device),
     )
+
+
+def _embed(
+    settings: ExtractSettings,
+    data: Labelled,
+    rows: NDArray[np.int64],
+    teacher: "Teacher",
+    sinks: tuple[ClassStatistics, SampleSpool],
+) -> tuple[int, float]:
+    """Embed rows into the sinks; returns how many images were bad, and the seconds."""
+    statistics, spool = sinks
+    num_bad = 0
+    workers = _num_workers(settings, teacher.model.device)
+    with ProgressBar("embedding", len(rows)) as bar, batch_must_fit(settings.batch_size, "the teacher"):
+        for batch in read_batches(data, rows, teacher.preprocess, settings.batch_size, workers):
+            if batch.bad and not settings.skip_bad:
+                raise batch.bad[0]
+            num_bad += len(batch.bad)
+            if batch.pixels is not None:
+                embeddings = teacher.embed(batch.pixels).cpu().numpy()
+                _check_finite(embeddings, data.numbers[batch.rows], settings)
+                statistics.add(embeddings, data.labels[batch.rows])
+                spool.add(batch.keys, data.labels[batch.rows], embeddings)
+            bar.advance(len(batch.rows) + len(batch.bad))
+    if num_bad:
+        LOGGER.info("%d images could not be decoded and were left out.", num_bad)
+    return num_bad, bar.seconds
 
 
 def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
@@ -172,15 +182,22 @@ def _check_finite(embeddings: NDArray[np.float32], rows: NDArray[np.int64], sett
         )
 
 
-def _describe(data: Labelled) -> DataSetInfo:
-    return DataSetInfo(
-        name=data.name,
-        config=data.settings.config,
-        revision=data.revision,
-        split=data.settings.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        rows=data.num_rows_before_limit,
-        classes_named=data.classes_named,
-        licence=data.licence,
+def _manifest(teacher: "Teacher", data: Labelled, sampling: SamplingInfo) -> Manifest:
+    return Manifest(
+        teacher=teacher.info,
+        data_set=DataSetInfo(
+            name=data.name,
+            config=data.settings.config,
+            revision=data.revision,
+            split=data.settings.split,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            rows=data.num_rows_before_limit,
+            classes_named=data.classes_named,
+            licence=data.licence,
+        ),
+        preprocessing=teacher.preprocess.describe(),
+        sampling=sampling,
+        classes=data.class_names,
+        software=software_versions(_SOFTWARE),
     )

@@ -37,6 +37,11 @@ class SampleSpool:
         self._keys: list[NDArray[np.uint8]] = []
         self._labels: list[NDArray[np.int32]] = []
 
+    def close(self) -> None:
+        """Let go of the temporary file."""
+        if self._file is not None:
+            self._file.close()
+
     def add(self, keys: NDArray[np.uint8], labels: NDArray[np.int64], embeddings: NDArray[np.float32]) -> None:
         """Append one batch.
 
@@ -52,11 +57,11 @@ class SampleSpool:
         self._labels.append(labels.astype(np.int32))
         if self._file is None or self._dtype is None:
             return
-        largest = float(np.abs(embeddings).max())
-        if largest > np.finfo(self._dtype).max:
+        # As Python's floats: numpy would compare in float16, and warn of the overflow.
+        largest, limit = float(np.abs(embeddings).max()), float(np.finfo(self._dtype).max)
+        if largest > limit:
             raise PipelineError(
-                f"an embedding reaches {largest:.4g}, {self._dtype} ends at {np.finfo(self._dtype).max:.4g}. "
-                "Pass --dtype float32."
+                f"an embedding reaches {largest:.4g}, {self._dtype} ends at {limit:.4g}. Pass --dtype float32."
             )
         try:
             self._file.write(embeddings.astype(self._dtype).tobytes())

@@ -1,5 +1,6 @@
 """Which images stand for a class: N of them at random, from a seed."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ def sample_rows(
 ) -> tuple[NDArray[np.int64], int]:
     """Draw rows of every class without replacement (paper section II).
 
-    Each class has a random stream of its own, so that adding a class changes no other class's choice.
+    Each class has a random stream of its own, by its name: adding a class changes no other class's choice.
 
     Args:
         labels: [N] class index of every row.
@@ -32,10 +33,10 @@ def sample_rows(
     if per_class is None:
         return np.arange(len(labels)), 0
     chosen = []
-    for index in range(len(class_names)):
+    for index, name in enumerate(class_names):
         rows = np.flatnonzero(labels == index)
         if len(rows) > per_class:
-            rows = np.random.default_rng([seed, index]).choice(rows, per_class, replace=False)
+            rows = np.random.default_rng([seed, _stream(name)]).choice(rows, per_class, replace=False)
         chosen.append(rows)
     return np.sort(np.concatenate(chosen)), int((available < per_class).sum())
 
@@ -57,3 +58,7 @@ def check_no_empty_class(count: NDArray[np.int64], class_names: Sequence[str]) -
             f"{len(empty)} of {len(class_names)} classes have no image ({listed}). Every class needs at least one: "
             "choose another split, raise --limit, or remove the class from the data set."
         )
+
+
+def _stream(class_name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(class_name.encode(), digest_size=8).digest(), "little")

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.extract.config import Pooling
 from pipeline.progress import LOGGER
+from pipeline.runtime import batch_must_fit
 from store import TeacherInfo
 
 _CLASS_TOKENS = ("cls_token", "class_embedding")
@@ -98,19 +99,22 @@ def load_teacher(
     if not folder.is_dir() and re.match(r"^[./~]", name):
         raise PipelineError(f"{name}: no such teacher folder. Check --teacher.")
     model, missing = _load_encoder(name, revision)
+    commit = None if folder.is_dir() else _commit(name, revision)
+    revision = commit or revision
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision)
+        processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise PipelineError(
             f"{name}: the teacher's image processor cannot be loaded ({_first_line(error)}). "
             "Its folder needs preprocessor_config.json."
         ) from error
     weights_sha256 = _weights_sha256(model, missing)
-    model = model.eval().requires_grad_(False).to(device, precision)
+    with batch_must_fit(1, "the teacher"):
+        model = model.eval().requires_grad_(False).to(device, precision)
     pooling = _resolve_pooling(model, name, pooling, missing)
     info = TeacherInfo(
         name=folder.resolve().name if folder.is_dir() else name,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=commit,
         weights_sha256=weights_sha256,
         architecture=type(model).__name__,
         pooling=pooling,
@@ -120,14 +124,27 @@ def load_teacher(
     )
     teacher = Teacher(model, Preprocess(processor), info)
     # One grey image tells the length of an embedding, and that the teacher runs here at all.
-    embed_dim = teacher.embed(teacher.preprocess([Image.new("RGB", (32, 32), "grey")])).shape[1]
+    try:
+        with batch_must_fit(1, "the teacher"):
+            embed_dim = teacher.embed(teacher.preprocess([Image.new("RGB", (32, 32), "grey")])).shape[1]
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise PipelineError(
+            f"{name}: the teacher cannot embed an image ({_first_line(error)}). "
+            "Do its config.json and preprocessor_config.json belong together?"
+        ) from error
     return replace(teacher, info=info.model_copy(update={"embed_dim": embed_dim}))
 
 
 def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
     try:
         model, loading = transformers.AutoModel.from_pretrained(
-            name, revision=revision, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            name,
+            revision=revision,
+            use_safetensors=True,
+            # Without this, transformers asks on the terminal whether to run the repository's code.
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except Exception as error:
         raise PipelineError(
@@ -177,7 +194,8 @@ def _pool(model: Any, output: Any, pooling: str) -> Tensor:
         return pooled.flatten(1)
     if hidden.ndim == 4:
         return hidden.mean(dim=(2, 3))
-    return hidden[:, 1 if _has_class_token(model) else 0 :].mean(dim=1)
+    others = int(_has_class_token(model)) + int(getattr(model.config, "num_register_tokens", 0))
+    return hidden[:, others:].mean(dim=1)
 
 
 def _has_class_token(model: Any) -> bool:
@@ -201,9 +219,17 @@ def _weights_sha256(model: torch.nn.Module, missing: set[str]) -> str:
 def _licence(name: str, revision: str | None) -> str | None:
     try:
         card = transformers.utils.cached_file(name, "README.md", revision=revision)
-        return (metadata_load(card) or {}).get("license") if card else None
-    except (OSError, ValueError):
+        licence = (metadata_load(card) or {}).get("license") if card else None
+    except Exception:  # whatever a model card looks like, it does not stop the teacher
         return None
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence) if licence else None
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the hub commit that a name and a revision stand for: its files lie in the cache by now."""
+    config = transformers.utils.cached_file(name, "config.json", revision=revision)
+    commit: str | None = transformers.utils.hub.extract_commit_hash(config, None)
+    return commit
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,62 @@
+"""Settings of stage one."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.errors import describe_problems
+from pipeline.extract import ExtractSettings
+
+
+def settings(**options: Any) -> ExtractSettings:
+    return ExtractSettings(**{"teacher": "org/vit", "data": {"dataset": "org/pets"}, "out": "a.h5", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 100),
+        ({"samples": True}, None),
+        ({"per_class": "all"}, None),
+        ({"per_class": 7}, 7),
+        ({"per_class": 7, "samples": True}, 7),
+        ({"per_class": "all", "samples": True}, None),
+    ],
+)
+def test_images_of_each_class_are_a_hundred_or_all_with_samples(options: dict[str, Any], expected: int | None) -> None:
+    assert settings(**options).images_per_class() == expected
+
+
+def test_all_problems_are_reported_together() -> None:
+    with pytest.raises(ValidationError) as error:
+        settings(teacher="", data={"dataset": "", "limit": 0}, batch_size=0, workers=-1, seed=-1, dtype="int8", speed=1)
+    assert describe_problems(error.value) == (
+        "teacher: string should have at least 1 character, found ''; "
+        "data.dataset: string should have at least 1 character, found ''; "
+        "data.limit: input should be greater than or equal to 1, found 0; "
+        "dtype: input should be 'float32' or 'float16', found 'int8'; "
+        "batch_size: input should be greater than or equal to 1, found 0; "
+        "workers: input should be greater than or equal to 0, found -1; "
+        "seed: input should be greater than or equal to 0, found -1; "
+        "speed: unknown setting"
+    )
+
+
+@pytest.mark.parametrize("per_class", [0, -1, "some"])
+def test_per_class_is_a_number_or_all(per_class: int | str) -> None:
+    with pytest.raises(ValidationError):
+        settings(per_class=per_class)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError):
+        settings().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.slow
+def test_the_stage_is_imported_without_the_library_of_teachers() -> None:
+    command = "import sys, pipeline.extract; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], check=True)

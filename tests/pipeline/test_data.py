@@ -1,0 +1,691 @@
+"""Labelled images from whatever `datasets` loads, and who each image is."""
+
+import hashlib
+import importlib
+import io
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.data import BadImageError, DataSettings, evaluation_split, load_labelled, sample_key, to_rgb
+from pipeline.errors import PipelineError
+from tests.conftest import CLASS_NAMES, make_images, make_split
+
+pa: Any = importlib.import_module("pyarrow")  # without types
+parquet: Any = importlib.import_module("pyarrow.parquet")
+
+Columns = dict[str, tuple[Any, list[Any]]]
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PICTURE = datasets.Image()
+INTEGER = datasets.Value("int64")
+CLASSES = datasets.ClassLabel(names=["no", "yes"])
+TWO_IMAGES = make_images(2, 0)
+ADVICE = "Mend or remove it, or pass --skip-bad to leave such images out and count them."
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def reopened(image: Image.Image, kind: str = "PNG", **options: Any) -> Image.Image:
+    return Image.open(io.BytesIO(encode(image, kind, **options)))
+
+
+def cell(image: Image.Image) -> dict[str, Any]:
+    return {"bytes": encode(image), "path": None}
+
+
+def pixels(image: Any) -> NDArray[np.uint8]:
+    assert isinstance(image, Image.Image)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def same_pixels(images: list[Any], expected: list[Image.Image]) -> bool:
+    return all(np.array_equal(pixels(image), pixels(other)) for image, other in zip(images, expected, strict=True))
+
+
+def save(folder: Path, columns: Columns) -> str:
+    """Save a data set without splits; each column is its feature and its cells."""
+    features = datasets.Features({name: feature for name, (feature, _) in columns.items()})
+    values = {name: cells for name, (_, cells) in columns.items()}
+    datasets.Dataset.from_dict(values, features=features).save_to_disk(str(folder))
+    return str(folder)
+
+
+def write_parquet(file: Path, columns: dict[str, Any]) -> str:
+    """Write parquet as anybody would: no word of `datasets` in it."""
+    file.parent.mkdir(exist_ok=True)
+    parquet.write_table(pa.table(columns), file)
+    return str(file.parent)
+
+
+def plain_images(images: list[Image.Image]) -> Any:
+    return pa.array([cell(image) for image in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+
+
+def refusal(dataset: object, **options: Any) -> str:
+    with pytest.raises(PipelineError) as error:
+        load_labelled(DataSettings(dataset=str(dataset), **options))
+    return str(error.value)
+
+
+# Sources
+
+
+def test_a_saved_data_set_is_read(saved_data: Path) -> None:
+    data = load_labelled(DataSettings(dataset=str(saved_data)))
+    assert (len(data), data.num_rows_before_limit) == (30, 30)
+    assert (data.image_column, data.label_column) == ("image", "label")
+    assert (data.class_names, data.classes_named) == (CLASS_NAMES, True)
+    assert data.labels.dtype == np.int64
+    assert data.labels.tolist() == [row % 3 for row in range(30)]
+    assert same_pixels(data.read(range(30)), make_images(30, 0))
+
+
+def test_images_come_in_the_order_they_are_asked_for(saved_data: Path) -> None:
+    data = load_labelled(DataSettings(dataset=str(saved_data), split="test"))
+    images = make_images(12, 1)
+    assert same_pixels(data.read([7, 0, 7]), [images[7], images[0], images[7]])
+
+
+def test_a_data_set_saved_without_splits_has_the_split_asked_for(tmp_path: Path) -> None:
+    make_split(6, 0).save_to_disk(str(tmp_path / "bare"))
+    for split in ("train", "whatever"):
+        settings = DataSettings(dataset=str(tmp_path / "bare"), split=split)
+        assert len(load_labelled(settings)) == 6
+        assert evaluation_split(settings) is None
+
+
+def test_parquet_that_datasets_wrote_keeps_its_class_names(tmp_path: Path) -> None:
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    make_split(6, 0).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    make_split(3, 1).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    settings = DataSettings(dataset=str(folder))
+    data = load_labelled(settings)
+    assert (data.class_names, data.classes_named) == (CLASS_NAMES, True)
+    assert same_pixels(data.read(range(6)), make_images(6, 0))
+    assert evaluation_split(settings) == "test"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [("bytes", pa.binary()), ("path", pa.string())],
+        [("path", pa.string()), ("bytes", pa.binary())],
+        [("bytes", pa.large_binary()), ("path", pa.large_string())],
+    ],
+    ids=["bytes-path", "path-bytes", "large"],
+)
+def test_parquet_that_anybody_wrote_is_read(tmp_path: Path, fields: list[tuple[str, Any]]) -> None:
+    images = make_images(3, 0)
+    column = pa.array([cell(image) for image in images], pa.struct(fields))
+    folder = write_parquet(tmp_path / "plain" / "images.parquet", {"picture": column, "kind": [2, 0, 2]})
+    data = load_labelled(DataSettings(dataset=folder))
+    assert (data.image_column, data.label_column) == ("picture", "kind")
+    assert same_pixels(data.read(range(3)), images)
+    # Labels without names: the names are the indices up to the largest one.
+    assert (data.class_names, data.classes_named) == (("0", "1", "2"), False)
+    assert data.labels.tolist() == [2, 0, 2]
+
+
+def test_an_image_folder_has_its_folders_as_classes_and_splits(tmp_path: Path) -> None:
+    images = make_images(6, 0)
+    for row, image in enumerate(images):
+        folder = tmp_path / "pets" / ("train" if row < 4 else "test") / CLASS_NAMES[row % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{row}.png")
+    settings = DataSettings(dataset=str(tmp_path / "pets"))
+    data = load_labelled(settings)
+    assert (data.name, data.revision, data.licence) == ("pets", None, None)
+    assert (data.class_names, data.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
+    assert same_pixels(data.read(range(4)), [images[row] for row in (0, 2, 1, 3)])
+    assert evaluation_split(settings) == "test"
+    assert len(load_labelled(settings.model_copy(update={"split": "test"}))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["string", "large_string"])
+def test_labels_that_are_names_become_classes_in_alphabetical_order(tmp_path: Path, dtype: str) -> None:
+    labels = ["bee", "ant", "Öre", "bee"]
+    folder = save(tmp_path / "names", {"image": (PICTURE, make_images(4, 0)), "kind": (datasets.Value(dtype), labels)})
+    data = load_labelled(DataSettings(dataset=folder))
+    assert (data.class_names, data.classes_named) == (("ant", "bee", "Öre"), True)
+    assert data.labels.tolist() == [1, 0, 2, 1]
+
+
+def test_class_labels_go_before_other_integers(tmp_path: Path) -> None:
+    columns: Columns = {"id": (INTEGER, [7, 8]), "image": (PICTURE, TWO_IMAGES), "fine": (CLASSES, [1, 0])}
+    folder = save(tmp_path / "both", columns)
+    assert load_labelled(DataSettings(dataset=folder)).label_column == "fine"
+    chosen = load_labelled(DataSettings(dataset=folder, label_column="id"))
+    assert (chosen.label_column, chosen.classes_named, len(chosen.class_names)) == ("id", False, 9)
+
+
+def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
+    front, back = make_images(2, 1), make_images(2, 2)
+    columns: Columns = {
+        "front": (PICTURE, front),
+        "back": (PICTURE, back),
+        "coarse": (CLASSES, [0, 1]),
+        "fine": (CLASSES, [1, 0]),
+    }
+    settings = DataSettings(dataset=save(tmp_path / "many", columns), image_column="back", label_column="fine")
+    data = load_labelled(settings)
+    assert same_pixels(data.read([0, 1]), back)
+    assert data.labels.tolist() == [1, 0]
+
+
+# Who the data set is
+
+
+@pytest.mark.parametrize("dataset", [".", "../saved", "../saved/", "{folder}"])
+def test_its_name_is_never_a_path(saved_data: Path, monkeypatch: pytest.MonkeyPatch, dataset: str) -> None:
+    monkeypatch.chdir(saved_data)
+    data = load_labelled(DataSettings(dataset=dataset.format(folder=saved_data)))
+    assert (data.name, data.revision) == ("saved", None)
+
+
+def test_local_parquet_gives_no_path_as_revision(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "plain" / "a.parquet", {"image": plain_images(TWO_IMAGES), "label": [0, 1]})
+    data = load_labelled(DataSettings(dataset=folder))
+    assert (data.name, data.revision) == ("plain", None)
+
+
+def test_a_hub_data_set_has_the_commit_it_was_loaded_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_split(3, 0)
+    rows.info.license = "mit"
+    rows.info.download_checksums = {"https://elsewhere": {}, f"hf://datasets/org/pets@{COMMIT}/train.parquet": {}}
+    asked: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> datasets.DatasetDict:
+        asked.append((arguments, options))
+        return datasets.DatasetDict(train=rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_labelled(DataSettings(dataset="org/pets", config="small", revision="v1"))
+    assert asked == [(("org/pets", "small"), {"revision": "v1"})]
+    assert (data.name, data.revision, data.licence) == ("org/pets", COMMIT, "mit")
+
+
+def test_a_hub_data_set_that_says_no_commit_has_the_revision_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=make_split(3, 0)))
+    data = load_labelled(DataSettings(dataset="org/pets", revision="v1"))
+    assert (data.name, data.revision, data.licence) == ("org/pets", "v1", None)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "problem"),
+    [
+        (
+            {"image": (PICTURE, TWO_IMAGES), "coarse": (CLASSES, [0, 1]), "fine": (CLASSES, [0, 1])},
+            {},
+            "2 columns could be the label column (coarse, fine). Pass --label-column.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "id": (INTEGER, [0, 1]), "name": (datasets.Value("string"), ["a", "b"])},
+            {},
+            "2 columns could be the label column (id, name). Pass --label-column.",
+        ),
+        (
+            {"left": (PICTURE, TWO_IMAGES), "right": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])},
+            {},
+            "2 columns could be the image column (left, right). Pass --image-column.",
+        ),
+        (
+            {"text": (datasets.Value("string"), ["a", "b"]), "label": (CLASSES, [0, 1])},
+            {},
+            "0 columns could be the image column (none). Its columns are text, label.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "score": (datasets.Value("float32"), [0.5, 1.0])},
+            {},
+            "0 columns could be the label column (none). Its columns are image, score.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])},
+            {"image_column": "img"},
+            "no column 'img'. Candidates for --image-column: image.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])},
+            {"label_column": "fine"},
+            "no column 'fine'. Candidates for --label-column: label.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])},
+            {"image_column": "label"},
+            "column 'label' is ClassLabel(names=['no', 'yes']), expected images. Candidates for --image-column: image.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "score": (datasets.Value("float32"), [0.5, 1.0])},
+            {"label_column": "score"},
+            "column 'score' is Value('float32'), expected classes (class labels, integers or names). "
+            "Candidates for --label-column: none.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "tags": (datasets.List(INTEGER), [[0], [1, 0]])},
+            {"label_column": "tags"},
+            "column 'tags' is List(Value('int64')), expected classes (class labels, integers or names). "
+            "Candidates for --label-column: none.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])},
+            {"label_column": "image"},
+            "column 'image' is Image(mode=None, decode=True), expected classes (class labels, integers or names). "
+            "Candidates for --label-column: label.",
+        ),
+        (
+            {"image": (PICTURE, TWO_IMAGES), "label": (INTEGER, [0, 2**40])},
+            {},
+            f"label goes up to {2**40}, expected class indices from 0 on.",
+        ),
+    ],
+    ids=[
+        "two-class-labels",
+        "two-values",
+        "two-images",
+        "no-image",
+        "no-label",
+        "image-column-missing",
+        "label-column-missing",
+        "image-column-is-no-image",
+        "labels-are-floats",
+        "labels-are-lists",
+        "labels-are-images",
+        "labels-are-no-indices",
+    ],
+)
+def test_columns_that_do_not_fit_are_named(
+    tmp_path: Path, columns: Columns, options: dict[str, str], problem: str
+) -> None:
+    folder = save(tmp_path / "odd", columns)
+    assert refusal(folder, **options) == f"{folder}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "problem"),
+    [
+        (CLASSES, [0, -1], ", row 1: label is -1, which is no class. Is this an unlabelled split?"),
+        (INTEGER, [-3, -4], ", row 0: label is -3, which is no class. Is this an unlabelled split?"),
+        (CLASSES, [None, 1], ": 1 rows have no label."),
+        (datasets.Value("string"), [None, None], ": 2 rows have no label."),
+    ],
+    ids=["unlabelled", "negative", "null", "null-name"],
+)
+def test_rows_without_a_class_are_refused(tmp_path: Path, feature: Any, labels: list[Any], problem: str) -> None:
+    folder = save(tmp_path / "odd", {"image": (PICTURE, TWO_IMAGES), "label": (feature, labels)})
+    assert refusal(folder, split="test") == f"{folder}, split test{problem}"
+
+
+def test_a_class_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "parquet" / "train.parquet"
+    file.parent.mkdir()
+    make_split(3, 0).to_parquet(str(file))
+    table = parquet.read_table(file)
+    where = table.schema.get_field_index("label")
+    parquet.write_table(table.set_column(where, table.schema.field(where), pa.array([0, 7, 2])), file)
+    assert refusal(file.parent) == (
+        f"{file.parent}, split train, row 1: label is 7, but the data set names 3 classes. "
+        "Mend its labels or its class names."
+    )
+
+
+def test_a_split_without_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=make_split(0, 0)))
+    assert refusal("org/pets") == "org/pets, split train: it has no rows."
+
+
+def test_a_missing_split_is_refused_with_a_list(saved_data: Path) -> None:
+    assert refusal(saved_data, split="val") == f"{saved_data}: no split 'val'. It has 'train', 'test'."
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/no-such-folder-at-all", "{tmp_path}/nowhere"])
+def test_a_missing_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset = name.format(tmp_path=tmp_path)
+    assert refusal(dataset) == f"{dataset}: no such data set folder. Check --dataset."
+
+
+def test_a_file_is_no_data_set(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    file.touch()
+    assert refusal(file) == f"{file}: is a file. Pass the folder that holds it as --dataset."
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: the data set cannot be loaded (")
+    assert message.endswith(").")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ConnectionError("no route to host\nmore of it"), "no route to host"), (TimeoutError(), "TimeoutError")],
+)
+def test_a_hub_data_set_without_network_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert refusal("org/pets") == f"org/pets: the data set cannot be loaded ({reason})."
+
+
+def test_data_that_cannot_be_converted_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        try:
+            raise ValueError("parquet is damaged")
+        except ValueError as error:
+            message = "An error occurred while generating the dataset"
+            raise datasets.exceptions.DatasetGenerationError(message) from error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert refusal("org/pets") == "org/pets: the data set cannot be loaded (parquet is damaged)."
+
+
+def test_a_damaged_saved_data_set_is_refused(tmp_path: Path) -> None:
+    folder = Path(save(tmp_path / "damaged", {"image": (PICTURE, TWO_IMAGES), "label": (CLASSES, [0, 1])}))
+    next(folder.glob("*.arrow")).unlink()
+    message = refusal(folder)
+    assert message.startswith(f"{folder}: the data set cannot be loaded (")
+    assert "\n" not in message
+
+
+# Limit and evaluation split
+
+
+def test_a_limit_takes_the_first_rows_of_every_class_in_turn(tmp_path: Path) -> None:
+    labels = [0] * 10 + [1] * 3 + [2]
+    images = make_images(14, 0)
+    folder = save(tmp_path / "limited", {"image": (PICTURE, images), "label": (INTEGER, labels)})
+    for limit, kept in ((3, [0, 10, 13]), (5, [0, 1, 10, 11, 13]), (9, [0, 1, 2, 3, 4, 10, 11, 12, 13])):
+        data = load_labelled(DataSettings(dataset=folder, limit=limit))
+        assert data.labels.tolist() == [labels[row] for row in kept]
+        assert same_pixels(data.read(range(limit)), [images[row] for row in kept])
+        assert (data.num_rows_before_limit, data.class_names) == (14, ("0", "1", "2"))
+
+
+@pytest.mark.parametrize("limit", [30, 31])
+def test_a_limit_of_all_rows_or_more_changes_nothing(saved_data: Path, limit: int) -> None:
+    data = load_labelled(DataSettings(dataset=str(saved_data), limit=limit))
+    assert data.labels.tolist() == [row % 3 for row in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "expected"),
+    [
+        (["dev", "val", "valid", "validation", "test", "train"], "train", "test"),
+        (["dev", "val", "valid", "validation", "test", "train"], "test", "validation"),
+        (["dev", "val", "valid", "train"], "train", "valid"),
+        (["dev", "val", "train"], "train", "val"),
+        (["dev", "train"], "train", "dev"),
+        (["train", "extra"], "train", None),
+    ],
+)
+def test_the_evaluation_split_is_the_first_by_habit(
+    tmp_path: Path, splits: list[str], train: str, expected: str | None
+) -> None:
+    rows = datasets.Dataset.from_dict({"label": [0]})
+    datasets.DatasetDict(dict.fromkeys(splits, rows)).save_to_disk(str(tmp_path / "splits"))
+    assert evaluation_split(DataSettings(dataset=str(tmp_path / "splits"), split=train)) == expected
+
+
+# Images that cannot be decoded
+
+
+def test_images_that_cannot_be_decoded_are_errors_among_the_images(tmp_path: Path) -> None:
+    image = make_images(1, 0)[0]
+    cells = [
+        cell(image),
+        None,
+        {"bytes": b"no image at all", "path": None},
+        {"bytes": encode(image)[:60], "path": None},
+        {"bytes": encode(Image.new("F", (2, 2)), "TIFF"), "path": None},
+        cell(image),
+    ]
+    folder = save(tmp_path / "damaged", {"image": (PICTURE, cells), "label": (INTEGER, [0] * 6)})
+    read = load_labelled(DataSettings(dataset=folder)).read(range(6))
+    assert same_pixels([read[0], read[5]], [image, image])
+    errors = [str(error) for error in read[1:5] if isinstance(error, BadImageError)]
+    assert len(errors) == 4
+    for row, message in enumerate(errors, 1):
+        assert message.startswith(f"{folder}, split train, row {row}: the image cannot be decoded (")
+        assert message.endswith(f"). {ADVICE}")
+    assert "(the cell is empty)" in errors[0]
+    assert "(its pixels are floating-point numbers; 8 or 16 bits are expected)" in errors[3]
+
+
+def test_an_image_file_that_has_gone_is_an_error(tmp_path: Path) -> None:
+    files = [tmp_path / "pets" / "train" / name / "0.png" for name in ("ant", "bee")]
+    for file, image in zip(files, TWO_IMAGES, strict=True):
+        file.parent.mkdir(parents=True)
+        image.save(file)
+    data = load_labelled(DataSettings(dataset=str(tmp_path / "pets")))
+    files[1].unlink()
+    found, gone = data.read([0, 1])
+    assert same_pixels([found], TWO_IMAGES[:1])
+    assert str(gone) == (
+        f"{tmp_path / 'pets'}, split train, row 1: the image cannot be decoded "
+        f"([Errno 2] No such file or directory: '{files[1]}'). {ADVICE}"
+    )
+
+
+def test_an_error_without_text_is_named_by_its_kind(saved_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    error = load_labelled(DataSettings(dataset=str(saved_data))).read([2])[0]
+    assert str(error) == f"{saved_data}, split train, row 2: the image cannot be decoded (MemoryError). {ADVICE}"
+
+
+def test_bytes_that_are_no_image_say_the_same_every_time(tmp_path: Path) -> None:
+    cells = [{"bytes": b"no image at all", "path": None}]
+    folder = save(tmp_path / "damaged", {"image": (PICTURE, cells), "label": (INTEGER, [0])})
+    error = load_labelled(DataSettings(dataset=folder)).read([0])[0]
+    assert str(error) == (
+        f"{folder}, split train, row 0: the image cannot be decoded (not an image of a known format). {ADVICE}"
+    )
+
+
+def test_the_row_that_is_named_is_a_row_of_the_split(tmp_path: Path) -> None:
+    cells = [*map(cell, make_images(2, 0)), None]
+    folder = save(tmp_path / "damaged", {"image": (PICTURE, cells), "label": (INTEGER, [0, 0, 1])})
+    error = load_labelled(DataSettings(dataset=folder, limit=2)).read([1])[0]
+    assert str(error).startswith(f"{folder}, split train, row 2: the image cannot be decoded (the cell is empty)")
+
+
+# Any image to RGB
+
+
+def every_value_and_alpha() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return every value, every alpha, and the value over white, rounded to nearest."""
+    alpha, value = np.divmod(np.arange(65536), 256)
+    over_white = (value * alpha + 255 * (255 - alpha) + 127) // 255
+    plain = [array.reshape(256, 256).astype(np.uint8) for array in (value, alpha, over_white)]
+    return plain[0], plain[1], plain[2]
+
+
+def grey(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(values[..., None], 3, axis=2)
+
+
+def test_grey_is_repeated() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(pixels(to_rgb(reopened(Image.fromarray(values)))), grey(values))
+
+
+def test_one_bit_becomes_black_and_white() -> None:
+    values = np.array([[0, 255, 255], [255, 0, 0]], np.uint8)
+    assert np.array_equal(pixels(to_rgb(reopened(Image.fromarray(values).convert("1")))), grey(values))
+
+
+def test_rgb_stays_as_it_is() -> None:
+    image = make_images(1, 0)[0]
+    assert np.array_equal(pixels(to_rgb(reopened(image))), np.asarray(image))
+
+
+def test_alpha_is_composited_on_white() -> None:
+    value, alpha, over_white = every_value_and_alpha()
+    image = reopened(Image.fromarray(np.stack([value, 255 - value, value, alpha], axis=2)))
+    assert image.mode == "RGBA"
+    expected = np.stack([over_white, over_white[:, ::-1], over_white], axis=2)
+    assert np.array_equal(pixels(to_rgb(image)), expected)
+
+
+def test_grey_with_alpha_is_composited_on_white() -> None:
+    value, alpha, over_white = every_value_and_alpha()
+    image = reopened(Image.merge("LA", [Image.fromarray(value), Image.fromarray(alpha)]))
+    assert image.mode == "LA"
+    assert np.array_equal(pixels(to_rgb(image)), grey(over_white))
+
+
+def test_premultiplied_alpha_is_composited_on_white() -> None:
+    image = Image.new("RGBA", (1, 1), (100, 50, 20, 128))
+    assert np.array_equal(pixels(to_rgb(image.convert("RGBa"))), pixels(to_rgb(image)))
+
+
+@pytest.mark.parametrize(
+    ("transparency", "expected"),
+    [(0, [255, 255, 255]), (bytes([128, 255]), [132, 137, 142]), (1, [10, 20, 30])],
+    ids=["index", "alphas", "other-index"],
+)
+def test_a_palette_with_transparency_is_composited_on_white(transparency: int | bytes, expected: list[int]) -> None:
+    image = Image.new("P", (1, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    assert pixels(to_rgb(reopened(image, transparency=transparency))).tolist() == [[expected]]
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGB", (9, 8, 7)), ("L", 9), ("1", 0)])
+def test_a_transparent_colour_is_white(mode: str, colour: Any) -> None:
+    image = reopened(Image.new(mode, (1, 1), colour), transparency=colour)
+    assert (image.mode, "transparency" in image.info) == (mode, True)
+    assert pixels(to_rgb(image)).tolist() == [[[255, 255, 255]]]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bits_are_scaled_to_eight_and_rounded_to_nearest(mode: str) -> None:
+    values = np.arange(65536).reshape(256, 256)
+    raw = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    image = Image.frombytes(mode, (256, 256), values.astype(raw).tobytes())
+    assert image.mode == mode
+    # 65535 = 255 · 257, so nothing lies half-way.
+    assert np.array_equal(pixels(to_rgb(image)), grey(np.rint(values / 257).astype(np.uint8)))
+
+
+def test_a_sixteen_bit_file_is_scaled_likewise() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = reopened(Image.fromarray(values))
+    assert image.mode == "I;16"
+    assert np.array_equal(pixels(to_rgb(image)), grey(np.rint(values / 257).astype(np.uint8)))
+
+
+def test_wide_integers_are_cut_to_sixteen_bits() -> None:
+    image = Image.fromarray(np.array([[-5, 0, 65535, 70000]], np.int32))
+    assert pixels(to_rgb(image))[0, :, 0].tolist() == [0, 0, 255, 255]
+
+
+def test_printing_colours_become_rgb() -> None:
+    image = reopened(Image.new("CMYK", (1, 1), (10, 20, 30, 40)), "TIFF")
+    assert image.mode == "CMYK"
+    expected = [round((255 - ink) * (255 - 40) / 255) for ink in (10, 20, 30)]
+    assert pixels(to_rgb(image)).tolist() == [[expected]]
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^its pixels are floating-point numbers; 8 or 16 bits are expected$"):
+        to_rgb(reopened(Image.new("F", (1, 1)), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [
+        (1, lambda array: array),
+        (2, lambda array: array[:, ::-1]),
+        (3, lambda array: array[::-1, ::-1]),
+        (4, lambda array: array[::-1]),
+        (5, lambda array: array.transpose(1, 0, 2)),
+        (6, lambda array: np.rot90(array, -1)),
+        (7, lambda array: array[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda array: np.rot90(array)),
+    ],
+)
+def test_exif_orientation_is_applied(
+    orientation: int, expected: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+) -> None:
+    array = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = to_rgb(reopened(Image.fromarray(array), exif=exif))
+    assert np.array_equal(pixels(image), expected(array))
+    assert sample_key(image) == sample_key(Image.fromarray(np.ascontiguousarray(expected(array))))
+
+
+def test_metadata_is_left_behind() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "who, where and when"
+    image = to_rgb(reopened(make_images(1, 0)[0], exif=exif, dpi=(72, 72)))
+    assert image.info == {}
+
+
+# Sample keys
+
+
+def test_a_sample_key_hashes_version_size_and_pixels() -> None:
+    image = make_images(1, 5, size=7)[0].crop((0, 0, 4, 7))
+    content = bytes([1]) + struct.pack("<I", 7) + struct.pack("<I", 4) + np.asarray(image).tobytes()
+    assert sample_key(image) == hashlib.blake2b(content, digest_size=16).digest()
+
+
+def test_a_sample_key_never_changes() -> None:
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    assert sample_key(image).hex() == "b2c326f2cc9ce685a4ec8ef2f928bdc7"
+
+
+def test_a_sample_key_is_the_same_whatever_the_lossless_format() -> None:
+    image = make_images(1, 6)[0]
+    files = [
+        reopened(image),
+        reopened(image, compress_level=0),
+        reopened(image, "WEBP", lossless=True),
+        reopened(image, "TIFF"),
+        reopened(image, "BMP"),
+    ]
+    assert {sample_key(to_rgb(file)) for file in files} == {sample_key(image)}
+
+
+def test_a_sample_key_knows_the_size_of_the_image() -> None:
+    keys = {sample_key(Image.new("RGB", size)) for size in ((2, 3), (3, 2), (6, 1), (1, 6))}
+    assert len(keys) == 4
+
+
+def test_a_sample_key_knows_every_pixel() -> None:
+    keys = set()
+    for pixel in range(4):
+        image = Image.new("RGB", (2, 2))
+        image.putpixel(divmod(pixel, 2), (0, 0, 1))
+        keys.add(sample_key(image))
+    assert len(keys) == 4
