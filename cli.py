@@ -163,7 +163,7 @@ def extract(as_json: bool, **options: Any) -> None:
 @click.option("--alpha2", type=click.FloatRange(0, 1), help="weight of the distillation loss  [default: the recipe's]")
 @click.option("--epochs", type=click.IntRange(min=1), help="passes over the images  [default: the recipe's]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
-@click.option("--batch-size", type=click.IntRange(min=1), help="images a step  [default: the recipe's]")
+@click.option("--batch-size", type=click.IntRange(min=2), help="images a step  [default: the recipe's]")
 @click.option(
     "--lr",
     "learning_rate",
@@ -172,7 +172,7 @@ def extract(as_json: bool, **options: Any) -> None:
 )
 @_precision_option
 @_device_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="of weights, order, flips and dropout")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of weights, order, flips and dropout")
 @click.option(
     "--max-missing",
     type=click.FloatRange(0, 1),

@@ -139,6 +139,18 @@ def load_labelled(settings: DataSettings) -> Labelled:
     return Labelled(rows, num_rows, settings, image_column, label_column, labels, numbers, class_names, named)
 
 
+def split_names(settings: DataSettings) -> tuple[str, ...]:
+    """Name the data set's splits; one that was saved without splits has the one that the settings name.
+
+    Args:
+        settings: the data set.
+
+    Returns:
+        The names, in the data set's order.
+    """
+    return tuple(_load_splits(settings))
+
+
 def evaluation_split(settings: DataSettings) -> str | None:
     """Name the data set's own evaluation split.
 

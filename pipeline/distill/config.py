@@ -25,7 +25,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=2, description="one image has no batch statistics")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="constant")
     weight_decay: float = Field(ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
     alpha2: float = Field(ge=0, le=1, description="α₂, weight of L_clip; α₁ = 1 − α₂ weighs L_CE")
@@ -51,11 +51,11 @@ class DistillSettings(BaseModel):
     alpha2: float | None = Field(default=None, ge=0, le=1)
     epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=2)
     learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     precision: Precision = "auto"
     device: str = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     max_missing: float = Field(default=0.0, ge=0, le=1, description="largest share of images without a target")
     join_by_index: bool = False
     skip_bad: bool = False

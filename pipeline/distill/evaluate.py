@@ -145,7 +145,7 @@ def evaluate_run(
     place = resolve_device(device)
     student = load_student(run_directory).to(place)
     data = load_labelled(settings)
-    labels = student_labels(data, student.config.class_names)
+    class_names = student.config.class_names
+    data = replace(data, labels=student_labels(data, class_names), class_names=class_names)
     images = decode_images(data, student.config.image_size, skip_bad=skip_bad)
-    images = replace(images, labels=labels[images.source_rows])
     return evaluate_student(student, images, place, resolve_precision(precision, place))

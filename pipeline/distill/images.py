@@ -62,10 +62,10 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
     """
     fit = fit_to(image_size)
     keys: list[bytes] = []
-    source_rows: list[int] = []
+    kept: list[int] = []
     num_bad = 0
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map outlives this function)
     try:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map outlives this function)
         with ProgressBar(f"decoding {data.settings.split}", len(data)) as bar:
             for start in range(0, len(data), _READ_ROWS):
                 rows = range(start, min(start + _READ_ROWS, len(data)))
@@ -76,7 +76,7 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
                         num_bad += 1
                         continue
                     keys.append(sample_key(image))
-                    source_rows.append(row)
+                    kept.append(row)
                     file.write(fit(image).tobytes())
                 bar.advance(len(rows))
         file.flush()
@@ -89,9 +89,9 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
     return DecodedImages(
         pixels=np.memmap(file, np.uint8, "r").reshape(-1, image_size, image_size, 3),
         places=np.arange(len(keys)),
-        source_rows=np.array(source_rows, np.int64),
+        source_rows=data.numbers[kept],
         keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),
-        labels=data.labels[source_rows],
+        labels=data.labels[kept],
     )
 
 

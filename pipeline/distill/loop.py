@@ -109,8 +109,9 @@ class Trainer:
                 bar.advance(len(chosen))
             means = (sums / num_images).tolist()  # waits for the device
         if not np.isfinite(means).all():
+            kept = " The student of the epoch before is kept." if epoch > 1 else ""
             raise PipelineError(
-                f"the loss is not finite in epoch {epoch}. The student of the epoch before is kept. "
+                f"the loss is not finite in epoch {epoch}.{kept} "
                 f"Try a lower --lr than {self.recipe.learning_rate:g}, or --precision float32."
             )
         return EpochResult(

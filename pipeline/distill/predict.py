@@ -46,5 +46,6 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        text = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise PipelineError(f"{path}: is not an image that can be read ({reason}).") from None

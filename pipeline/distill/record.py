@@ -44,7 +44,7 @@ class RunDirectory:
         Raises:
             PipelineError: something else is there.
         """
-        self.path = path
+        self.path = path = path.resolve() if path.is_symlink() else path
         self._work = path.absolute().with_name(f".{path.name}.partial")  # where things are written
         self._record: dict[str, Any] = {}
         self._scalars: Any = None  # TensorBoard's writer

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data import Labelled, evaluation_split, load_labelled
+from pipeline.data import Labelled, evaluation_split, load_labelled, split_names
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.evaluate import evaluate_student, student_labels
 from pipeline.distill.images import DecodedImages, decode_images, held_out
@@ -70,7 +70,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         verify_for(artifact, settings.target)
         data = load_labelled(settings.data)
         rows = class_rows(artifact, data.class_names, data.classes_named, by_index=settings.join_by_index)
-        evaluation = _evaluation_data(settings)
+        evaluation = _evaluation_data(settings, data.class_names)
         torch.manual_seed(settings.seed)
         student = build_student(
             student_config(settings.student, settings.image_size, data.class_names, recipe.attention_dropout)
@@ -125,21 +125,23 @@ def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps
     )
 
 
-def _evaluation_data(settings: DistillSettings) -> Labelled | None:
+def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
     split = settings.eval_split or evaluation_split(settings.data)
     if split is None:
         return None
-    return load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
+    known = split_names(settings.data)
+    if split not in known:
+        raise PipelineError(f"{settings.data.dataset}: no split {split!r}. It has {', '.join(map(repr, known))}.")
+    data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
+    return replace(data, labels=student_labels(data, class_names), class_names=class_names)
 
 
 def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | None) -> _Images:
     folder = settings.out.absolute().parent
     train = decode_images(data, settings.image_size, skip_bad=settings.skip_bad, folder=folder)
     if evaluation is not None:
-        labels = student_labels(evaluation, data.class_names)
         test = decode_images(evaluation, settings.image_size, skip_bad=settings.skip_bad, folder=folder)
-        name = evaluation.settings.split
-        images = _Images(train, replace(test, labels=labels[test.source_rows]), f"split {name}")
+        images = _Images(train, test, f"split {evaluation.settings.split}")
     else:
         apart = held_out(train.keys)
         images = _Images(train.select(~apart), train.select(apart), "held-out tenth of the training split")

@@ -98,7 +98,8 @@ class Student(nn.Module):
 
     def normalise(self, pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
         """Turn 8-bit pixels into what the model takes, by the arithmetic of torchvision's transforms."""
-        return (pixels.permute(0, 3, 1, 2).float().div(255) - self._mean) / self._std
+        # Contiguous: convolutions of another memory order add up in another order than timm's and transformers' do.
+        return (pixels.permute(0, 3, 1, 2).contiguous().float().div(255) - self._mean) / self._std
 
 
 def student_config(name: str, image_size: int, class_names: tuple[str, ...], attention_dropout: float) -> StudentConfig:
@@ -135,7 +136,10 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
         similar = timm.list_models(f"*{name}*")[:5]
         hint = f" Similar: {', '.join(similar)}." if similar else ""
         raise PipelineError(f"student {name!r} is neither base, large nor a timm model.{hint}")
-    defaults = timm.get_pretrained_cfg(name)
+    try:
+        defaults = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise PipelineError(f"student {name!r}: {error}") from None
     fixed = defaults is not None and defaults.fixed_input_size
     mean, std = (defaults.mean, defaults.std) if defaults else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     args = {"img_size": image_size} if fixed else {}
@@ -167,8 +171,9 @@ def build_student(config: StudentConfig) -> Student:
                 raise PipelineError(f"{where}: its classifier is not one linear layer. Choose another timm model.")
             embedding, logits = student(pixels)
             whole = model(pixels)
-    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
-        raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({error}).") from error
+    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({detail}).") from error
     if embedding.ndim != 2 or not torch.allclose(logits, whole, rtol=1e-4, atol=1e-5):
         raise PipelineError(f"{where}: its logits are not a linear function of its embedding. Choose another model.")
     return student
@@ -218,6 +223,9 @@ def load_student(folder: Path) -> Student:
         PipelineError: it is missing, damaged, or not a student.
     """
     folder = folder / "student" if (folder / "student").is_dir() else folder
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise PipelineError(f"{folder}: no student here ({name} is missing). Pass a run directory.")
     try:
         document = json.loads((folder / "config.json").read_text("utf-8"))
         preprocessing = document["pretrained_cfg"]
@@ -230,11 +238,7 @@ def load_student(folder: Path) -> Student:
             class_names=tuple(map(str, document["label_names"])),
         )
         weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise PipelineError(
-            f"{folder}: no student here ({Path(error.filename or '').name} is missing). Pass a run directory."
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         raise PipelineError(f"{folder}: the student is damaged ({type(error).__name__}: {error}).") from None
     if not timm.is_model(config.architecture) or not set(config.model_args) <= _MODEL_ARGS:
         raise PipelineError(f"{folder}: config.json does not describe a student of this program.")

@@ -42,8 +42,12 @@ class Targets:
         Returns:
             float32, on the CPU.
         """
-        stored = self.artifact.gather("sample/embedding", self.sample_rows[images])[:, 0]
-        return torch.from_numpy(stored.astype(np.float32))
+        rows = self.sample_rows[images]
+        stored = self.artifact.gather("sample/embedding", rows)[:, 0]
+        embeddings = stored.astype(np.float32)
+        if stored.dtype == np.int8:
+            embeddings *= self.artifact.gather("sample/scale", rows)[:, :1]
+        return torch.from_numpy(embeddings)
 
 
 def verify_for(artifact: Artifact, target: Target) -> None:
@@ -62,9 +66,10 @@ def verify_for(artifact: Artifact, target: Target) -> None:
             f"{artifact.path.name}: has no sample embeddings, which --target {target} needs. "
             "Pass --target class, or extract with --samples."
         )
-    samples = ("sample/key", "sample/label", "sample/embedding")
+    samples = ("sample/key", "sample/label", "sample/embedding", "sample/scale")
     for name in ("class/mean", *(samples if target != "class" else ())):
-        _ = artifact[name]  # the first access verifies; training gathers rows unchecked
+        if name in artifact:
+            _ = artifact[name]  # the first access verifies; training gathers rows unchecked
 
 
 def class_rows(
@@ -96,14 +101,14 @@ def class_rows(
             f"{where}: {side} classes have no names, so they cannot be joined by name. If class i is row i on both "
             "sides, pass --join-by-index."
         )
-    missing = [name for name in class_names if name not in set(known)]
+    row_of = {name: row for row, name in enumerate(known)}
+    missing = [name for name in class_names if name not in row_of]
     if missing:
         listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise PipelineError(
             f"{where}: lacks {len(missing)} of the data's {len(class_names)} classes ({listed}). It has {len(known)}, "
             f"among them {', '.join(known[:3])}. Is it the artifact of this data set?"
         )
-    row_of = {name: row for row, name in enumerate(known)}
     return np.array([row_of[name] for name in class_names], np.int64)
 
 
@@ -131,7 +136,7 @@ def join(
         return Targets(artifact, class_embeddings, nothing, nothing, 0)
     sample_rows = artifact.find(images.keys, rows[images.labels])
     missing = np.flatnonzero(sample_rows < 0)
-    if len(missing) > max_missing * len(images):
+    if len(missing) / len(images) > max_missing:
         examples = ", ".join(str(images.source_rows[index]) for index in missing[:5])
         raise PipelineError(
             f"{artifact.path.name}: {len(missing)} of {len(images)} training images have no embedding in it (rows "

@@ -1,0 +1,157 @@
+"""Artifacts, data sets and students for the tests of stage two; no teacher runs."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import store
+from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
+from pipeline.distill.config import DistillSettings, Recipe, load_recipe
+from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.student import Student, build_student, student_config
+from tests.conftest import CLASS_NAMES
+
+EMBED_DIM = 6
+COLOURS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
+
+Pair = tuple[bytes, str]  # sample key and class name
+
+
+def mean_of(name: str) -> NDArray[np.float32]:
+    """Return the class embedding that example artifacts have of a class."""
+    return np.random.default_rng(list(name.encode())).standard_normal(EMBED_DIM).astype(np.float32)
+
+
+def embedding_of(pair: Pair) -> NDArray[np.float16]:
+    """Return the sample embedding that example artifacts have of an image under a class name."""
+    key, name = pair
+    return np.random.default_rng([*key, *name.encode()]).standard_normal(EMBED_DIM).astype(np.float16)
+
+
+def write_example(
+    path: Path,
+    names: Sequence[str] = CLASS_NAMES,
+    samples: Iterable[Pair] | None = None,
+    *,
+    classes_named: bool = True,
+) -> Path:
+    """Write an artifact of these classes and, with `samples`, of these images."""
+    tensors: dict[str, NDArray[Any]] = {
+        "class/mean": np.stack([mean_of(name) for name in names]),
+        "class/count": np.ones(len(names), np.int64),
+        "class/m2": np.zeros((len(names), EMBED_DIM), np.float32),
+    }
+    if samples is not None:
+        row_of = {name: row for row, name in enumerate(names)}
+        pairs = sorted(set(samples), key=lambda pair: (pair[0], row_of[pair[1]]))
+        tensors["sample/key"] = np.frombuffer(b"".join(key for key, _ in pairs), np.uint8).reshape(-1, 16)
+        tensors["sample/label"] = np.array([row_of[name] for _, name in pairs], np.int32)
+        tensors["sample/embedding"] = np.stack([embedding_of(pair) for pair in pairs])[:, None]
+    store.write_artifact(path, _manifest(tuple(names), classes_named), tensors)
+    return path
+
+
+def pairs_of(rows: datasets.Dataset) -> list[Pair]:
+    """Return who the images of a split are, and the names of their classes."""
+    names = rows.features["label"].names
+    return [(sample_key(to_rgb(row["image"])), names[row["label"]]) for row in rows]
+
+
+def make_rows(cells: Sequence[Any], labels: Sequence[int], names: Sequence[str] = CLASS_NAMES) -> datasets.Dataset:
+    """Make a split of images, or of structures of bytes and path."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    return datasets.Dataset.from_dict({"image": list(cells), "label": list(labels)}, features=features)
+
+
+def make_coloured(num_images: int, seed: int, names: Sequence[str] = CLASS_NAMES) -> datasets.Dataset:
+    """Make a split that is easily learnt: ants are reddish, bees greenish, cats bluish."""
+    random = np.random.default_rng(seed)
+    labels = [row % len(names) for row in range(num_images)]
+    noise = random.integers(-25, 26, (num_images, 8, 8, 3))
+    colours = np.array([COLOURS[CLASS_NAMES.index(names[label])] for label in labels])
+    pixels = (colours[:, None, None] + noise).astype(np.uint8)
+    return make_rows([Image.fromarray(image) for image in pixels], labels, names)
+
+
+def labelled(rows: datasets.Dataset, folder: Path) -> Labelled:
+    """Save a split and load it as the pipeline does."""
+    rows.save_to_disk(str(folder))
+    return load_labelled(DataSettings(dataset=str(folder)))
+
+
+def decoded(rows: datasets.Dataset, folder: Path, image_size: int = 8) -> DecodedImages:
+    """Save, load and decode a split."""
+    return decode_images(labelled(rows, folder), image_size, skip_bad=False)
+
+
+def settings_for(artifact: Path, dataset: Path, out: Path, **fields: Any) -> DistillSettings:
+    """Return settings of a run that takes a moment."""
+    quick = {"student": "test_resnet", "image_size": 8, "epochs": 1, "batch_size": 8}
+    plain = {"device": "cpu", "precision": "float32"}
+    data = DataSettings(dataset=str(dataset))
+    return DistillSettings.model_validate({"artifact": artifact, "data": data, "out": out, **quick, **plain, **fields})
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """Return recipe `paper` with small batches, without flips, and with other values where given."""
+    small = {"batch_size": 4, "horizontal_flip": 0.0, "learning_rate": 1e-3}
+    return load_recipe("paper").model_copy(update={**small, **fields})
+
+
+def make_student(
+    name: str = "test_resnet", image_size: int = 8, class_names: tuple[str, ...] = CLASS_NAMES, seed: int = 0
+) -> Student:
+    """Build a student of known random weights, BatchNorm's running statistics among them."""
+    torch.manual_seed(seed)
+    student = build_student(student_config(name, image_size, class_names, attention_dropout=0.1))
+    with torch.no_grad():
+        for tensor in student.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.02 * torch.rand_like(tensor))
+    return student
+
+
+def weights_of(student: Student) -> dict[str, torch.Tensor]:
+    """Return copies of a student's weights and buffers."""
+    return {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
+
+
+def equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    """Tell whether two students are equal to the last bit."""
+    return set(left) == set(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def file_names(folder: Path) -> list[str]:
+    """Return the names of everything in a folder, hidden files too, sorted."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def _manifest(names: tuple[str, ...], classes_named: bool) -> store.Manifest:
+    return store.Manifest(
+        teacher=store.TeacherInfo(
+            name="owner/teacher",
+            weights_sha256="a" * 64,
+            architecture="vit",
+            pooling="cls",
+            embed_dim=EMBED_DIM,
+            precision="float32",
+        ),
+        data_set=store.DataSetInfo(
+            name="owner/images",
+            split="train",
+            image_column="image",
+            label_column="label",
+            rows=30,
+            classes_named=classes_named,
+        ),
+        preprocessing={},
+        sampling=store.SamplingInfo(per_class=None, seed=0, batch_size=4, images_sha256="b" * 64),
+        classes=names,
+        software={"clip-embed-kd": "0.1.0"},
+    )
