@@ -18,6 +18,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_c
 _PATH = click.Path(path_type=Path)
 
 
+def _example(*lines: str) -> str:
+    return "\b\nExample:\n  " + " \\\n      ".join(lines)
+
+
 class _PerClass(click.ParamType[Any]):
     name = "N|all"
 
@@ -78,14 +82,21 @@ def cli() -> None:
 
 
 @cli.command(
-    epilog="Example: clip-embed-kd extract --teacher google/vit-large-patch16-224-in21k "
-    "--dataset uoft-cs/cifar100 --label-column fine_label --out cifar100.safetensors"
+    epilog=_example(
+        "clip-embed-kd extract --teacher google/vit-large-patch16-224-in21k",
+        "--dataset uoft-cs/cifar100 --label-column fine_label --out cifar100.safetensors",
+    )
 )
 @click.option("--teacher", required=True, metavar="T", help="transformers image encoder: hub name or folder")
 @click.option("--teacher-revision", metavar="REV", help="hub branch, tag or commit")
 @_data_options("train")
 @click.option("--out", required=True, type=_PATH, help="artifact to write: .safetensors or .h5")
-@click.option("--per-class", type=_PerClass(), help="random images in each class  [default: 100; all with --samples]")
+@click.option(
+    "--per-class",
+    type=_PerClass(),
+    metavar="N|all",
+    help="random images in each class  [default: 100; all with --samples]",
+)
 @click.option("--samples", is_flag=True, help="also store the embedding of each image")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
 @click.option(
@@ -98,7 +109,9 @@ def cli() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="images in a forward pass")
 @_precision_option
 @_device_option
-@click.option("--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 on a CPU, else up to 8]")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 without CUDA, else up to 8]"
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the choice of images")
 @click.option("--overwrite", is_flag=True, help="replace an existing artifact")
 @_json_option
@@ -140,8 +153,10 @@ def extract(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(
-    epilog="Example: clip-embed-kd distill --artifact cifar100.safetensors "
-    "--dataset uoft-cs/cifar100 --label-column fine_label --out run"
+    epilog=_example(
+        "clip-embed-kd distill --artifact cifar100.safetensors",
+        "--dataset uoft-cs/cifar100 --label-column fine_label --out run",
+    )
 )
 @click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote")
 @_data_options("train")
@@ -219,20 +234,22 @@ def distill(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(
-    epilog="Example: clip-embed-kd evaluate --student run --dataset uoft-cs/cifar100 --label-column fine_label"
+    epilog=_example("clip-embed-kd evaluate --student run --dataset uoft-cs/cifar100 --label-column fine_label")
 )
 @click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
 @_data_options("test")
 @_skip_bad_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="images at once")
 @_precision_option
 @_device_option
 @_json_option
 @_version_option
-def evaluate(as_json: bool, student: Path, skip_bad: bool, precision: Any, device: str, **options: Any) -> None:
+def evaluate(as_json: bool, **options: Any) -> None:
     """Measure a student's accuracy on a labelled data set."""
+    from pipeline.distill.config import EvaluateSettings
     from pipeline.distill.evaluate import evaluate_run
 
-    result = evaluate_run(student, _data_settings(options), precision, device, skip_bad=skip_bad)
+    result = evaluate_run(EvaluateSettings(data=_data_settings(options), **options))
     _emit(
         as_json,
         {
@@ -251,7 +268,7 @@ def evaluate(as_json: bool, student: Path, skip_bad: bool, precision: Any, devic
     )
 
 
-@cli.command(epilog="Example: clip-embed-kd predict --student run photo.jpg")
+@cli.command(epilog=_example("clip-embed-kd predict --student run photo.jpg"))
 @click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
 @click.argument("images", nargs=-1, required=True, type=_PATH, metavar="IMAGE…")
 @_device_option
@@ -261,10 +278,11 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
     """Classify image files."""
     from pipeline.distill.predict import predict
     from pipeline.distill.student import load_student
-    from pipeline.runtime import resolve_device
+    from pipeline.runtime import batch_must_fit, resolve_device
 
     place = resolve_device(device)
-    best = predict(load_student(student).to(place), images, place)
+    with batch_must_fit(1, "the student"):
+        best = predict(load_student(student).to(place), images, place)
     named = dict(zip(map(str, images), best, strict=True))
     _emit(
         as_json,
@@ -285,7 +303,7 @@ def store() -> None:
     """Look into artifacts."""
 
 
-@store.command(epilog="Example: clip-embed-kd store inspect cifar100.safetensors")
+@store.command(epilog=_example("clip-embed-kd store inspect cifar100.safetensors"))
 @click.argument("artifact", type=_PATH)
 @_json_option
 @_version_option
@@ -305,7 +323,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
     _emit(as_json, document, [*summary.rows(), ("", "tensors not verified")])
 
 
-@cli.command(epilog="Example: clip-embed-kd demo")
+@cli.command(epilog=_example("clip-embed-kd demo"))
 @click.option("--out", type=_PATH, default=Path("demo-run"), help="folder for all that it makes")
 @_json_option
 @_version_option

@@ -80,7 +80,12 @@ def same_tensors(left: Path, right: Path) -> bool:
     """Compare an artifact in both containers, read with the official libraries."""
     expected = load_file(left)
     with h5py.File(right) as file:
-        return all(np.array_equal(tensor, file[name][...]) for name, tensor in expected.items())
+        names = {f"{group}/{leaf}" for group in file for leaf in file[group]}
+        return names == set(expected) and all(
+            (tensor.dtype, tensor.shape, tensor.tobytes())
+            == (file[name].dtype, file[name].shape, file[name][...].tobytes())
+            for name, tensor in expected.items()
+        )
 
 
 def mean_error(folder: Path, artifact: Path) -> float:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 
 SAMPLE_KEY_VERSION = 1
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
@@ -139,18 +139,6 @@ def load_labelled(settings: DataSettings) -> Labelled:
     return Labelled(rows, num_rows, settings, image_column, label_column, labels, numbers, class_names, named)
 
 
-def split_names(settings: DataSettings) -> tuple[str, ...]:
-    """Name the data set's splits; one that was saved without splits has the one that the settings name.
-
-    Args:
-        settings: the data set.
-
-    Returns:
-        The names, in the data set's order.
-    """
-    return tuple(_load_splits(settings))
-
-
 def evaluation_split(settings: DataSettings) -> str | None:
     """Name the data set's own evaluation split.
 
@@ -226,8 +214,7 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
         raise PipelineError(
             f"{settings.dataset}: the data set cannot be loaded ({_reason(cause or error)})."
         ) from error
-    # A data set that was saved without splits has one: the one asked for.
-    return dict(loaded) if isinstance(loaded, dict) else {settings.split: loaded}
+    return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
 def _image_column(features: datasets.Features, settings: DataSettings) -> str:
@@ -291,7 +278,7 @@ def _labels(
         row = int(np.flatnonzero(labels < 0)[0])
         raise PipelineError(
             f"{settings.dataset}, split {settings.split}, row {row}: {column} is {labels[row]}, which is no class. "
-            "Is this an unlabelled split?"
+            "Is this an unlabelled split? Choose another with --split or --eval-split."
         )
     if isinstance(feature, datasets.ClassLabel):
         beyond = np.flatnonzero(labels >= len(feature.names))
@@ -311,7 +298,7 @@ def _labels(
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # Pillow's own text has a memory address in it
         return "not an image of a known format"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def _first_of_each_class(labels: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

@@ -1,5 +1,7 @@
 """What a user can cause in the pipeline: one class, one line of text."""
 
+from collections.abc import Sequence
+
 from pydantic import ValidationError
 
 
@@ -27,3 +29,14 @@ def describe_problems(error: ValidationError) -> str:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
             problems.append(f"{field}: {message}, found {problem['input']!r}")
     return "; ".join(problems)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without its further lines; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def listed(names: Sequence[object]) -> str:
+    """Name up to five of several things: `a, b, c, d, e, …`."""
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")

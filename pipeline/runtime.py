@@ -83,12 +83,13 @@ def peak_memory(device: torch.device) -> PeakMemory:
 
 
 @contextmanager
-def batch_must_fit(batch_size: int, what: str) -> Iterator[None]:
+def batch_must_fit(batch_size: int, what: str, smallest: int = 1) -> Iterator[None]:
     """Turn a failed allocation into advice.
 
     Args:
         batch_size: the batch size in use.
         what: who allocated, e.g. `the teacher`.
+        smallest: the smallest batch that could be advised.
 
     Raises:
         PipelineError: memory ran out inside the block.
@@ -96,9 +97,14 @@ def batch_must_fit(batch_size: int, what: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+        # Of the CPU, of CUDA's own calls, and of Apple's GPUs.
+        signs = ("allocate memory", "out of memory", "Invalid buffer size")
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(
+            sign in str(error) for sign in signs
+        ):
             raise
-        advice = f"Try --batch-size {batch_size // 2}." if batch_size > 1 else "A smaller model is needed."
+        half = max(batch_size // 2, smallest)
+        advice = f"Try --batch-size {half}." if half < batch_size else "A smaller model is needed."
         raise PipelineError(f"out of memory: {what} at batch size {batch_size}. {advice}") from None
 
 

@@ -40,7 +40,9 @@ class TeacherInfo(_Record):
 
     name: str = Field(description="hub name, or the base name of a local folder")
     revision: str | None = Field(default=None, description="hub commit; none for a local folder")
-    weights_sha256: Sha256 = Field(pattern=_SHA256, description="SHA-256 of the weights file(s)")
+    weights_sha256: Sha256 = Field(
+        pattern=_SHA256, description="SHA-256 over name, shape and float32 values of the encoder's weights"
+    )
     architecture: str
     pooling: str = Field(description="how one embedding is taken from the teacher's output")
     embed_dim: int = Field(ge=1)

@@ -71,6 +71,19 @@ class DistillSettings(BaseModel):
         return load_recipe(self.recipe).model_copy(update={k: v for k, v in own.items() if v is not None})
 
 
+class EvaluateSettings(BaseModel):
+    """Everything that an evaluation can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: Path = Field(description="run directory, or the `student` folder in it")
+    data: DataSettings
+    batch_size: int = Field(default=64, ge=1)
+    precision: Precision = "auto"
+    device: str = "auto"
+    skip_bad: bool = False
+
+
 def load_recipe(name: str) -> Recipe:
     """Read a recipe.
 

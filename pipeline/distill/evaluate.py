@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data import DataSettings, Labelled, load_labelled
+from pipeline.data import Labelled, load_labelled
+from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.images import DecodedImages, decode_images
 from pipeline.distill.student import Student, load_student
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listed
 from pipeline.progress import ProgressBar
-from pipeline.runtime import Precision, batch_must_fit, resolve_device, resolve_precision
-
-EVALUATION_BATCH = 256
+from pipeline.runtime import batch_must_fit, resolve_device, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def evaluate_student(
     images: DecodedImages,
     device: torch.device,
     precision: torch.dtype,
-    batch_size: int = EVALUATION_BATCH,
+    batch_size: int,
 ) -> Evaluation:
     """Classify images and compare with their labels.
 
@@ -118,23 +116,17 @@ def student_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int
         unknown = [data.class_names[index] for index in np.unique(data.labels[labels < 0])]
         raise PipelineError(
             f"{data.settings.dataset}, split {data.settings.split}: {len(unknown)} of its classes are unknown to the "
-            f"student ({', '.join(unknown[:5])}{', …' if len(unknown) > 5 else ''}). It knows {len(class_names)}, "
+            f"student ({listed(unknown)}). It knows {len(class_names)}, "
             f"among them {', '.join(class_names[:3])}."
         )
     return labels
 
 
-def evaluate_run(
-    run_directory: Path, settings: DataSettings, precision: Precision, device: str, *, skip_bad: bool
-) -> Evaluation:
+def evaluate_run(settings: EvaluateSettings) -> Evaluation:
     """Evaluate a student from disk on a data set.
 
     Args:
-        run_directory: what `distill` wrote, or the `student` folder in it.
-        settings: which images.
-        precision: arithmetic.
-        device: where to compute.
-        skip_bad: leave out images that cannot be decoded.
+        settings: which student, which images, and how.
 
     Returns:
         The accuracies.
@@ -142,10 +134,12 @@ def evaluate_run(
     Raises:
         PipelineError: anything a user can cause.
     """
-    place = resolve_device(device)
-    student = load_student(run_directory).to(place)
-    data = load_labelled(settings)
+    device = resolve_device(settings.device)
+    with batch_must_fit(settings.batch_size, "the student"):
+        student = load_student(settings.student).to(device)
+    data = load_labelled(settings.data)
     class_names = student.config.class_names
     data = replace(data, labels=student_labels(data, class_names), class_names=class_names)
-    images = decode_images(data, student.config.image_size, skip_bad=skip_bad)
-    return evaluate_student(student, images, place, resolve_precision(precision, place))
+    images = decode_images(data, student.config.image_size, skip_bad=settings.skip_bad)
+    precision = resolve_precision(settings.precision, device)
+    return evaluate_student(student, images, device, precision, settings.batch_size)

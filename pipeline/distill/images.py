@@ -5,6 +5,7 @@ vanish with the process.
 """
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
     keys: list[bytes] = []
     kept: list[int] = []
     num_bad = 0
+    file = None
     try:
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map outlives this function)
         with ProgressBar(f"decoding {data.settings.split}", len(data)) as bar:
@@ -81,6 +83,9 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
                 bar.advance(len(rows))
         file.flush()
     except OSError as error:
+        if file is not None:
+            with suppress(OSError):
+                file.close()
         raise PipelineError(f"the decoded images cannot be kept in a temporary file ({error.strerror}).") from None
     if num_bad:
         LOGGER.info("%d images of split %s could not be decoded and were left out.", num_bad, data.settings.split)

@@ -67,7 +67,8 @@ class Trainer:
             recipe: all training settings.
             compute: device, precision and seed.
         """
-        self.student = student.to(compute.device)
+        with batch_must_fit(recipe.batch_size, "the student", smallest=2):
+            self.student = student.to(compute.device)
         self._targets, self._target, self.recipe, self.compute = targets, target, recipe, compute
         self._class_embeddings = targets.class_embeddings.to(compute.device)
         # P of the paper: R^D → R^d with bias, learned. It serves the loss only and is not part of the student.
@@ -101,7 +102,7 @@ class Trainer:
         self.student.train()
         with (
             ProgressBar(f"epoch {epoch}", num_images) as bar,
-            batch_must_fit(self.recipe.batch_size, "training"),
+            batch_must_fit(self.recipe.batch_size, "training", smallest=2),
         ):
             for chosen in batches:
                 flips = torch.rand(len(chosen), generator=generator) < self.recipe.horizontal_flip
@@ -133,8 +134,8 @@ class Trainer:
 
     def _step(self, images: DecodedImages, chosen: NDArray[np.int64], flips: Tensor) -> Tensor:
         device = self.compute.device
-        pixels = torch.from_numpy(images.pixels[images.places[chosen]]).to(device, non_blocking=True)
-        labels = torch.from_numpy(images.labels[chosen]).to(device, non_blocking=True)
+        pixels = torch.from_numpy(images.pixels[images.places[chosen]]).to(device)
+        labels = torch.from_numpy(images.labels[chosen]).to(device)
         with self.compute.autocast():
             embeddings, logits = self.student(self.student.normalise(_flip(pixels, flips.to(device))))
         # Cosines of a batch differ in their third digit: the losses are computed in float32.

@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.data import to_rgb
 from pipeline.distill.images import fit_to
 from pipeline.distill.student import Student
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 
 _NUM_BEST = 5
 
@@ -46,6 +46,5 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return to_rgb(image)
     except Exception as error:
-        text = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        reason = text.splitlines()[0] if text else type(error).__name__
+        reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise PipelineError(f"{path}: is not an image that can be read ({reason}).") from None

@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeline.distill.evaluate import Evaluation
 from pipeline.distill.loop import Compute, EpochResult
 from pipeline.distill.student import Student, save_student, write_atomically
 from pipeline.errors import PipelineError
+from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import software_versions
 from store import Artifact
@@ -45,13 +46,14 @@ class RunDirectory:
             PipelineError: something else is there.
         """
         self.path = path = path.resolve() if path.is_symlink() else path
-        self._work = path.absolute().with_name(f".{path.name}.partial")  # where things are written
+        if not path.absolute().name:
+            raise PipelineError(f"{path}: is no place for a run directory. Choose another --out.")
+        self._work = path.absolute().with_name(f".{path.absolute().name}.partial")  # where things are written
         self._record: dict[str, Any] = {}
         self._scalars: Any = None  # TensorBoard's writer
         if path.exists() and overwrite and not (path / "run.json").is_file():
             raise PipelineError(f"{path}: is not a run directory, so it is not overwritten. Choose another --out.")
-        if path.exists() and not overwrite:
-            raise PipelineError(f"{path}: exists. Choose another --out, or pass --overwrite.")
+        check_output(path, 0, replaceable=overwrite)
 
     @contextmanager
     def open(
@@ -155,7 +157,8 @@ class RunDirectory:
             shutil.rmtree(self._work, ignore_errors=True)
             return
         self._record["status"] = status
-        self._write_record()
+        with suppress(OSError):  # the disk may be full: the student stands all the same
+            self._write_record()
         LOGGER.info("%s: the student of the last finished epoch is kept.", self.path)
 
     def _write_record(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data import Labelled, evaluation_split, load_labelled, split_names
+from pipeline.data import Labelled, evaluation_split, load_labelled
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.evaluate import evaluate_student, student_labels
 from pipeline.distill.images import DecodedImages, decode_images, held_out
@@ -63,6 +63,11 @@ def distill(settings: DistillSettings) -> DistillResult:
     """
     start = time.monotonic()
     recipe = settings.resolved_recipe()
+    if recipe.cosine_weight > 0 and settings.target == "class":
+        raise PipelineError(
+            f"recipe {settings.recipe}: cosine_weight {recipe.cosine_weight:g} needs sample embeddings. "
+            "Pass --target sample or both, or set it to 0."
+        )
     device = resolve_device(settings.device)
     compute = Compute(device, resolve_precision(settings.precision, device), settings.seed)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite)
@@ -75,7 +80,9 @@ def distill(settings: DistillSettings) -> DistillResult:
         student = build_student(
             student_config(settings.student, settings.image_size, data.class_names, recipe.attention_dropout)
         )
-        check_output(settings.out, _needed_bytes(student), replaceable=settings.overwrite)
+        num_images = len(data) + (0 if evaluation is None else len(evaluation))
+        needed_bytes = _needed_bytes(student, num_images, settings.image_size)
+        check_output(settings.out, needed_bytes, replaceable=settings.overwrite)
         images = _decode(settings, data, evaluation)
         targets = join(artifact, images.train, rows, settings.target, settings.max_missing)
         _report_join(artifact, images, targets.num_missing, settings)
@@ -99,7 +106,9 @@ def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps
         num_images += result.num_images
         train_seconds += result.seconds
         trainer.finish_classifier()
-        evaluation = evaluate_student(trainer.student, images.evaluation, compute.device, compute.precision)
+        evaluation = evaluate_student(
+            trainer.student, images.evaluation, compute.device, compute.precision, recipe.batch_size
+        )
         directory.save(trainer.student)
         directory.log_epoch(epoch, num_steps, recipe.learning_rate, result, evaluation)
         last = epoch == recipe.epochs or num_steps == max_steps
@@ -129,9 +138,6 @@ def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) ->
     split = settings.eval_split or evaluation_split(settings.data)
     if split is None:
         return None
-    known = split_names(settings.data)
-    if split not in known:
-        raise PipelineError(f"{settings.data.dataset}: no split {split!r}. It has {', '.join(map(repr, known))}.")
     data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
     return replace(data, labels=student_labels(data, class_names), class_names=class_names)
 
@@ -180,5 +186,6 @@ def _describe_data(data: Labelled, images: _Images) -> dict[str, Any]:
     }
 
 
-def _needed_bytes(student: Student) -> int:
-    return 2 * sum(parameter.nbytes for parameter in student.parameters()) + 10_000_000
+def _needed_bytes(student: Student, num_images: int, image_size: int) -> int:
+    weights = sum(parameter.nbytes for parameter in student.parameters())
+    return 2 * weights + num_images * 3 * image_size**2 + 10_000_000  # students, decoded images, metrics

@@ -3,6 +3,7 @@
 The folder opens with timm, with transformers and here, with equal logits. Nothing in it is pickled.
 """
 
+import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
         }
         return StudentConfig("vit_tiny_patch16_224", args, image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, class_names)
     if not timm.is_model(name):
-        similar = timm.list_models(f"*{name}*")[:5]
+        similar = timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models(), 5)
         hint = f" Similar: {', '.join(similar)}." if similar else ""
         raise PipelineError(f"student {name!r} is neither base, large nor a timm model.{hint}")
     try:
@@ -174,6 +175,8 @@ def build_student(config: StudentConfig) -> Student:
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({detail}).") from error
+    if not {tensor.dtype for tensor in model.state_dict().values()} <= set(_DTYPE_CODES):
+        raise PipelineError(f"{where}: has weights of other types than float32 and int64. Choose another model.")
     if embedding.ndim != 2 or not torch.allclose(logits, whole, rtol=1e-4, atol=1e-5):
         raise PipelineError(f"{where}: its logits are not a linear function of its embedding. Choose another model.")
     return student
@@ -259,11 +262,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         content: all of it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _encode_weights(weights: Mapping[str, Tensor]) -> bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.distill.config import Target
 from pipeline.distill.images import DecodedImages
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listed
 from store import Artifact
 
 
@@ -104,10 +104,9 @@ def class_rows(
     row_of = {name: row for row, name in enumerate(known)}
     missing = [name for name in class_names if name not in row_of]
     if missing:
-        listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise PipelineError(
-            f"{where}: lacks {len(missing)} of the data's {len(class_names)} classes ({listed}). It has {len(known)}, "
-            f"among them {', '.join(known[:3])}. Is it the artifact of this data set?"
+            f"{where}: lacks {len(missing)} of the data's {len(class_names)} classes ({listed(missing)}). "
+            f"It has {len(known)}, among them {', '.join(known[:3])}. Is it the artifact of this data set?"
         )
     return np.array([row_of[name] for name in class_names], np.int64)
 
@@ -137,10 +136,10 @@ def join(
     sample_rows = artifact.find(images.keys, rows[images.labels])
     missing = np.flatnonzero(sample_rows < 0)
     if len(missing) / len(images) > max_missing:
-        examples = ", ".join(str(images.source_rows[index]) for index in missing[:5])
+        examples = listed(images.source_rows[missing].tolist())
         raise PipelineError(
             f"{artifact.path.name}: {len(missing)} of {len(images)} training images have no embedding in it (rows "
-            f"{examples}{', …' if len(missing) > 5 else ''}). Extract with --samples --per-class all from this data "
+            f"{examples}). Extract with --samples --per-class all from this data "
             f"set, or allow it with --max-missing {np.ceil(len(missing) / len(images) * 100) / 100:g}."
         )
     _, image_ids = np.unique(images.keys.view("V16")[:, 0], return_inverse=True)

@@ -2,7 +2,8 @@
 
 import os
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,8 @@ def _embed(
     statistics, spool = sinks
     num_bad = 0
     workers = _num_workers(settings, teacher.model.device)
-    with ProgressBar("embedding", len(rows)) as bar, batch_must_fit(settings.batch_size, "the teacher"):
+    fits = batch_must_fit(settings.batch_size, "the teacher")
+    with ProgressBar("embedding", len(rows)) as bar, _workers_must_live(), fits:
         for batch in read_batches(data, rows, teacher.preprocess, settings.batch_size, workers):
             if batch.bad and not settings.skip_bad:
                 raise batch.bad[0]
@@ -135,6 +137,19 @@ def _embed(
     if num_bad:
         LOGGER.info("%d images could not be decoded and were left out.", num_bad)
     return num_bad, bar.seconds
+
+
+@contextmanager
+def _workers_must_live() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+            raise
+        raise PipelineError(
+            "a decoding process died, for want of memory or of shared memory (/dev/shm). "
+            "Try --workers 0, or a smaller --batch-size."
+        ) from None
 
 
 def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
@@ -162,8 +177,8 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
 def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
     if settings.workers is not None:
         return settings.workers
-    # On a CPU the teacher itself keeps every core busy.
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    # On a CPU the teacher itself keeps every core busy, and where processes do not fork (macOS) each would start anew.
+    return min(8, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
 
 
 def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:

@@ -7,6 +7,7 @@ process, however that ends.
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,7 +41,8 @@ class SampleSpool:
     def close(self) -> None:
         """Let go of the temporary file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk, which `add` has reported
+                self._file.close()
 
     def add(self, keys: NDArray[np.uint8], labels: NDArray[np.int64], embeddings: NDArray[np.float32]) -> None:
         """Append one batch.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, listed
 
 
 def sample_rows(
@@ -53,10 +53,10 @@ def check_no_empty_class(count: NDArray[np.int64], class_names: Sequence[str]) -
     """
     empty = [class_names[index] for index in np.flatnonzero(count == 0).tolist()]
     if empty:
-        listed = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         raise PipelineError(
-            f"{len(empty)} of {len(class_names)} classes have no image ({listed}). Every class needs at least one: "
-            "choose another split, raise --limit, or remove the class from the data set."
+            f"{len(empty)} of {len(class_names)} classes have no image ({listed(empty)}). "
+            "Every class needs at least one: choose another split, raise --limit, or remove the class from the "
+            "data set."
         )
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
 from pipeline.extract.config import Pooling
 from pipeline.progress import LOGGER
 from pipeline.runtime import batch_must_fit
@@ -70,8 +70,9 @@ class Teacher:
         Returns:
             One raw (not normalised) embedding an image: float32, on the teacher's device.
         """
-        with torch.inference_mode():
-            pixels = pixels.to(self.model.device, self.model.dtype, non_blocking=True)
+        # Float32 is to mean float32: cuDNN's convolutions would round their input to TF32.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pixels = pixels.to(self.model.device, self.model.dtype)
             return _pool(self.model, self.model(pixel_values=pixels), self.info.pooling).float()
 
 
@@ -103,9 +104,9 @@ def load_teacher(
     revision = commit or revision
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise PipelineError(
-            f"{name}: the teacher's image processor cannot be loaded ({_first_line(error)}). "
+            f"{name}: the teacher's image processor cannot be loaded ({first_line(error)}). "
             "Its folder needs preprocessor_config.json."
         ) from error
     weights_sha256 = _weights_sha256(model, missing)
@@ -126,13 +127,16 @@ def load_teacher(
     # One grey image tells the length of an embedding, and that the teacher runs here at all.
     try:
         with batch_must_fit(1, "the teacher"):
-            embed_dim = teacher.embed(teacher.preprocess([Image.new("RGB", (32, 32), "grey")])).shape[1]
-    except (ValueError, TypeError, RuntimeError) as error:
+            grey = teacher.preprocess([Image.new("RGB", (32, 32), "grey")])
+            embedding, again = teacher.embed(grey), teacher.embed(grey)
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise PipelineError(
-            f"{name}: the teacher cannot embed an image ({_first_line(error)}). "
+            f"{name}: the teacher cannot embed an image ({first_line(error)}). "
             "Do its config.json and preprocessor_config.json belong together?"
         ) from error
-    return replace(teacher, info=info.model_copy(update={"embed_dim": embed_dim}))
+    if not torch.allclose(embedding, again, rtol=1e-2, atol=1e-3):
+        raise PipelineError(f"{name}: the teacher gives another embedding each time (random masking?). Choose another.")
+    return replace(teacher, info=info.model_copy(update={"embed_dim": embedding.shape[1]}))
 
 
 def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
@@ -148,7 +152,7 @@ def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
         )
     except Exception as error:
         raise PipelineError(
-            f"{name}: the teacher cannot be loaded ({_first_line(error)}). "
+            f"{name}: the teacher cannot be loaded ({first_line(error)}). "
             "It must be a transformers model with safetensors weights, by hub name or as a folder."
         ) from error
     prefix = ""
@@ -230,7 +234,3 @@ def _commit(name: str, revision: str | None) -> str | None:
     config = transformers.utils.cached_file(name, "config.json", revision=revision)
     commit: str | None = transformers.utils.hub.extract_commit_hash(config, None)
     return commit
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -104,12 +104,13 @@ def test_images_come_in_the_order_they_are_asked_for(saved_data: Path) -> None:
     assert same_pixels(data.read([7, 0, 7]), [images[7], images[0], images[7]])
 
 
-def test_a_data_set_saved_without_splits_has_the_split_asked_for(tmp_path: Path) -> None:
+def test_a_data_set_saved_without_splits_is_its_training_split_only(tmp_path: Path) -> None:
     make_split(6, 0).save_to_disk(str(tmp_path / "bare"))
-    for split in ("train", "whatever"):
-        settings = DataSettings(dataset=str(tmp_path / "bare"), split=split)
-        assert len(load_labelled(settings)) == 6
-        assert evaluation_split(settings) is None
+    settings = DataSettings(dataset=str(tmp_path / "bare"))
+    assert len(load_labelled(settings)) == 6
+    assert evaluation_split(settings) is None
+    # Else an evaluation on `test` would silently be one on the training images.
+    assert refusal(tmp_path / "bare", split="test") == f"{tmp_path / 'bare'}: no split 'test'. It has 'train'."
 
 
 def test_parquet_that_datasets_wrote_keeps_its_class_names(tmp_path: Path) -> None:
@@ -321,11 +322,14 @@ def test_columns_that_do_not_fit_are_named(
     assert refusal(folder, **options) == f"{folder}: {problem}"
 
 
+UNLABELLED = "Is this an unlabelled split? Choose another with --split or --eval-split."
+
+
 @pytest.mark.parametrize(
     ("feature", "labels", "problem"),
     [
-        (CLASSES, [0, -1], ", row 1: label is -1, which is no class. Is this an unlabelled split?"),
-        (INTEGER, [-3, -4], ", row 0: label is -3, which is no class. Is this an unlabelled split?"),
+        (CLASSES, [0, -1], ", row 1: label is -1, which is no class. " + UNLABELLED),
+        (INTEGER, [-3, -4], ", row 0: label is -3, which is no class. " + UNLABELLED),
         (CLASSES, [None, 1], ": 1 rows have no label."),
         (datasets.Value("string"), [None, None], ": 2 rows have no label."),
     ],
@@ -333,7 +337,7 @@ def test_columns_that_do_not_fit_are_named(
 )
 def test_rows_without_a_class_are_refused(tmp_path: Path, feature: Any, labels: list[Any], problem: str) -> None:
     folder = save(tmp_path / "odd", {"image": (PICTURE, TWO_IMAGES), "label": (feature, labels)})
-    assert refusal(folder, split="test") == f"{folder}, split test{problem}"
+    assert refusal(folder) == f"{folder}, split train{problem}"
 
 
 def test_a_class_label_beyond_the_named_classes_is_refused(tmp_path: Path) -> None:

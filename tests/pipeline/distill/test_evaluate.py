@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings, load_labelled
+from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.evaluate import Evaluation, evaluate_run, evaluate_student, student_labels
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.student import Student, StudentConfig, save_student
@@ -91,20 +92,20 @@ def test_the_worst_classes_come_first() -> None:
 
 
 def test_no_more_than_five_classes_are_the_worst() -> None:
-    found = evaluate_student(recite(["abcdefg"] * 7), images_of(range(7)), CPU, torch.float32)
+    found = evaluate_student(recite(["abcdefg"] * 7), images_of(range(7)), CPU, torch.float32, 64)
     assert found.worst() == [("bee", 0.0), ("cat", 0.0), ("dog", 0.0), ("eel", 0.0), ("fly", 0.0)]
 
 
 def test_every_answer_is_in_the_top_five_of_fewer_than_five_classes() -> None:
     student = recite(["abc", "bca", "cab"], CLASS_NAMES)
-    found = evaluate_student(student, images_of([0, 0, 0]), CPU, torch.float32)
+    found = evaluate_student(student, images_of([0, 0, 0]), CPU, torch.float32, 64)
     assert found.top1 == pytest.approx(100 / 3)
     assert found.top5 == 100
 
 
 def test_selected_images_are_evaluated() -> None:
     chosen = images_of(LABELS).select(np.array([6, 0, 3]))
-    found = evaluate_student(recite(RANKINGS), chosen, CPU, torch.float32)
+    found = evaluate_student(recite(RANKINGS), chosen, CPU, torch.float32, 64)
     assert found.top1 == 100
     assert found.count.sum() == 3
 
@@ -118,7 +119,7 @@ def test_a_student_is_evaluated_in_evaluation_mode_and_left_as_it_was(training: 
     pixels = np.stack([np.array(image) for image in make_images(4, 0)])
     numbers = np.arange(4)
     images = DecodedImages(pixels, numbers, numbers, np.zeros((4, 16), np.uint8), numbers % 3)
-    evaluate_student(student, images, CPU, torch.float32)
+    evaluate_student(student, images, CPU, torch.float32, 64)
     assert modes == [False]
     assert student.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -151,7 +152,15 @@ def student_folder(undecided: Student, tmp_path_factory: pytest.TempPathFactory)
 def evaluate(
     folder: Path, dataset: Path, split: str = "test", precision: Precision = "float32", skip_bad: bool = False
 ) -> Evaluation:
-    return evaluate_run(folder, DataSettings(dataset=str(dataset), split=split), precision, "cpu", skip_bad=skip_bad)
+    return evaluate_run(
+        EvaluateSettings(
+            student=folder,
+            data=DataSettings(dataset=str(dataset), split=split),
+            precision=precision,
+            device="cpu",
+            skip_bad=skip_bad,
+        )
+    )
 
 
 def test_labels_are_translated_by_name(tmp_path: Path) -> None:
@@ -186,8 +195,8 @@ def test_a_saved_student_is_evaluated_with_the_labels_names(student_folder: Path
     make_rows(images, labels).save_to_disk(str(tmp_path / "data"))
     moved = [names.index(CLASS_NAMES[label]) for label in labels]
     make_rows(images, moved, names).save_to_disk(str(tmp_path / "moved"))
-    first = evaluate(student_folder, tmp_path / "data")
-    second = evaluate(student_folder.parent, tmp_path / "moved")
+    first = evaluate(student_folder, tmp_path / "data", "train")
+    second = evaluate(student_folder.parent, tmp_path / "moved", "train")
     assert first.count.tolist() == second.count.tolist() == [4, 4, 4]
     assert first.correct.tolist() == second.correct.tolist()
     assert first.class_names == CLASS_NAMES
@@ -208,11 +217,13 @@ def test_bad_images_are_left_out_of_an_evaluation_only_if_asked(student_folder: 
     cells: list[Any] = [{"bytes": b"junk", "path": None}, *make_images(2, 0)]
     make_rows(cells, [2, 0, 1]).save_to_disk(str(tmp_path / "data"))
     with pytest.raises(PipelineError, match=r"row 0: the image cannot be decoded"):
-        evaluate(student_folder, tmp_path / "data")
-    assert evaluate(student_folder, tmp_path / "data", skip_bad=True).count.tolist() == [1, 1, 0]
+        evaluate(student_folder, tmp_path / "data", "train")
+    assert evaluate(student_folder, tmp_path / "data", "train", skip_bad=True).count.tolist() == [1, 1, 0]
 
 
 def test_a_limited_evaluation_has_the_labels_of_its_images(student_folder: Path, tmp_path: Path) -> None:
     make_rows(make_images(5, 0), [0, 0, 0, 1, 2]).save_to_disk(str(tmp_path / "data"))
-    data = DataSettings(dataset=str(tmp_path / "data"), limit=3)
-    assert evaluate_run(student_folder, data, "float32", "cpu", skip_bad=False).count.tolist() == [1, 1, 1]
+    data = DataSettings(dataset=str(tmp_path / "data"), split="train", limit=3)
+    assert evaluate_run(
+        EvaluateSettings(student=student_folder, data=data, precision="float32", device="cpu")
+    ).count.tolist() == [1, 1, 1]

@@ -13,6 +13,7 @@ import store
 from pipeline.data import DataSettings
 from pipeline.distill import DistillResult, DistillSettings, distill
 from pipeline.distill import run as module
+from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.evaluate import evaluate_run, evaluate_student
 from pipeline.distill.student import load_student
 from pipeline.errors import PipelineError
@@ -143,7 +144,7 @@ def test_the_record_holds_settings_recipe_artifact_and_result(
 
 def test_distill_and_evaluate_agree(finished: DistillResult, saved_data: Path) -> None:
     data = DataSettings(dataset=str(saved_data), split="test")
-    found = evaluate_run(finished.run_directory, data, "float32", "cpu", skip_bad=False)
+    found = evaluate_run(EvaluateSettings(student=finished.run_directory, data=data, precision="float32", device="cpu"))
     assert (found.top1, found.top5) == (finished.top1, finished.top5)
 
 
@@ -462,6 +463,7 @@ from pathlib import Path
 import store
 from pipeline.data import DataSettings
 from pipeline.distill import DistillSettings, distill
+from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.evaluate import evaluate_run
 from pipeline.distill.predict import predict
 from pipeline.distill.student import load_student
@@ -476,7 +478,7 @@ result = distill(DistillSettings(
     precision="float32", device="cpu",
 ))
 test = data.model_copy(update={"split": "test"})
-evaluation = evaluate_run(Path(out), test, "float32", "cpu", skip_bad=False)
+evaluation = evaluate_run(EvaluateSettings(student=Path(out), data=test, precision="float32", device="cpu"))
 (answer,) = predict(load_student(Path(out)), [Path(image)], torch.device("cpu"))
 loaded = sorted(name for name in sys.modules if name.startswith("transformers.") or name == "pipeline.extract")
 print(json.dumps([num_classes, result.top1, evaluation.top1, len(answer), loaded]))
@@ -499,3 +501,17 @@ def test_students_need_neither_transformers_nor_a_network(artifact: Path, saved_
     assert (num_classes, num_answers) == (4, 3)
     assert distilled == evaluated
     assert loaded == []
+
+
+def test_a_cosine_regression_without_sample_targets_is_refused(start: Start, tmp_path: Path) -> None:
+    recipe = tmp_path / "cosine.toml"
+    recipe.write_text(load_recipe_text().replace("cosine_weight = 0.0", "cosine_weight = 0.5"))
+    with pytest.raises(PipelineError) as refused:
+        distill(start(recipe=str(recipe), target="class"))
+    assert str(refused.value) == (
+        f"recipe {recipe}: cosine_weight 0.5 needs sample embeddings. Pass --target sample or both, or set it to 0."
+    )
+
+
+def load_recipe_text() -> str:
+    return (Path(store.__file__).parents[1] / "pipeline/distill/recipes/paper.toml").read_text("utf-8")
