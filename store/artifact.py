@@ -7,6 +7,7 @@ out a read-only memory map of it; `gather` reads single rows and checks nothing 
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -327,7 +328,10 @@ def _replacing(path: Path) -> Iterator[Path]:
                 raise
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
-        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error)
+        if inner := re.search(r"error message = '([^']+)'", reason):  # HDF5 buries the cause in its own trace
+            reason = inner.group(1)
+        reason = reason.splitlines()[0]
         raise ArtifactWriteError(f"{path}: cannot be written ({reason}).") from None
 
 

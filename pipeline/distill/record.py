@@ -46,14 +46,12 @@ class RunDirectory:
             PipelineError: something else is there.
         """
         self.path = path = path.resolve() if path.is_symlink() else path
-        if not path.absolute().name:
-            raise PipelineError(f"{path}: is no place for a run directory. Choose another --out.")
-        self._work = path.absolute().with_name(f".{path.absolute().name}.partial")  # where things are written
         self._record: dict[str, Any] = {}
         self._scalars: Any = None  # TensorBoard's writer
         if path.exists() and overwrite and not (path / "run.json").is_file():
             raise PipelineError(f"{path}: is not a run directory, so it is not overwritten. Choose another --out.")
         check_output(path, 0, replaceable=overwrite)
+        self._work = path.absolute().with_name(f".{path.absolute().name}.partial")  # where things are written
 
     @contextmanager
     def open(

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import store
+from store.artifact import backend_of
 from tests.store.examples import (
     assert_same_bits,
     class_tensors,
@@ -238,4 +239,13 @@ def test_a_lock_that_came_too_late_is_no_lock(path: Path, newcomer: bool, monkey
 def test_a_manifest_that_no_reader_would_take_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.artifact.MAX_MANIFEST_BYTES", 100)
     assert write_refusal(path, class_tensors()) == f"{path}: the manifest is larger than 100 bytes."
+    assert file_names(path.parent) == []
+
+
+def test_the_cause_is_taken_out_of_what_hdf5_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("flush failed (file write failed: errno = 28, error message = 'No space left on device')")
+
+    monkeypatch.setattr(f"store.{backend_of(path).__name__.split('.')[1]}.write", fail)
+    assert write_refusal(path, class_tensors()) == f"{path}: cannot be written (No space left on device)."
     assert file_names(path.parent) == []

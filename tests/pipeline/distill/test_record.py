@@ -299,3 +299,9 @@ def test_a_disk_that_fails_later_leaves_the_student_before(artifact: Path, stude
         log_and_fail(artifact, out, student, OSError(errno.EIO, "Input/output error"))
     assert run_record(out)["status"] == "failed"
     assert equal_weights(weights_of(load_student(out)), weights_of(student))
+
+
+def test_the_root_of_the_file_system_is_no_place_for_a_run() -> None:
+    with pytest.raises(PipelineError) as refused:
+        RunDirectory(Path("/"), overwrite=False)
+    assert str(refused.value) == "/: exists. Choose another --out, or pass --overwrite."

@@ -426,3 +426,19 @@ def test_weights_that_lack_a_tensor_are_refused(saved: Path) -> None:
     del weights["head.bias"]
     save_file(weights, saved / "model.safetensors")
     assert 'Missing key(s) in state_dict: "head.bias"' in load_refusal(saved)
+
+
+def test_a_model_with_weights_of_other_types_is_refused_before_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+
+    def with_odd_buffer(*args: Any, **kwargs: Any) -> Any:
+        model = create(*args, **kwargs)
+        model.register_buffer("odd", torch.zeros(1, dtype=torch.float16))
+        return model
+
+    monkeypatch.setattr(timm, "create_model", with_odd_buffer)
+    with pytest.raises(PipelineError) as refused:
+        build_student(student_config("test_resnet", 32, ("a", "b"), 0.0))
+    assert str(refused.value) == (
+        "student test_resnet: has weights of other types than float32 and int64. Choose another model."
+    )

@@ -496,3 +496,20 @@ def test_a_teachers_own_code_is_refused_without_a_question(
     monkeypatch.setattr(builtins, "input", answer_no)
     assert " cannot be loaded (" in refusal(copy)
     assert questions == []
+
+
+def test_a_teacher_that_gives_another_embedding_each_time_is_refused(
+    tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = Teacher.embed
+
+    def mask_at_random(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        embeddings = embed(self, pixels)
+        return embeddings * torch.rand_like(embeddings)
+
+    monkeypatch.setattr(Teacher, "embed", mask_at_random)
+    with pytest.raises(PipelineError) as refused:
+        load_teacher(str(tiny_teacher), None, "auto", torch.device("cpu"), torch.float32)
+    assert str(refused.value) == (
+        f"{tiny_teacher}: the teacher gives another embedding each time (random masking?). Choose another."
+    )
