@@ -353,7 +353,7 @@ def main() -> NoReturn:
         text, code = _explain(error)
         if text is None:
             raise
-        click.echo(f"Error: {text}", err=True)
+        click.echo(f"Error: {_printable(text)}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -410,7 +410,12 @@ def _emit(as_json: bool, document: dict[str, Any], rows: Sequence[tuple[str, str
         return
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
-        click.echo(f"{label:<{width}}  {text}")
+        click.echo(_printable(f"{label:<{width}}  {text}"))
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer a terminal: names may come from a stranger's file."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 if __name__ == "__main__":

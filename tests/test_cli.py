@@ -252,6 +252,19 @@ def test_an_operating_system_error_is_one_line(run: Run, monkeypatch: pytest.Mon
     assert run("store", "inspect", "x.h5")[2] == "Error: x.h5: No space left on device.\n"
 
 
+def test_names_from_a_strangers_file_cannot_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    import store
+    from tests.store.examples import class_tensors, make_manifest
+
+    manifest = make_manifest()
+    classes = ("\x1b[2J" + manifest.classes[0], *manifest.classes[1:])
+    manifest = manifest.model_copy(update={"classes": classes})
+    store.write_artifact(tmp_path / "a.h5", manifest, class_tensors())
+    _, out, _ = run("store", "inspect", tmp_path / "a.h5")
+    assert "\x1b" not in out
+    assert "\\x1b[2J" in out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_run_that_is_stopped_leaves_a_whole_student_or_nothing(
