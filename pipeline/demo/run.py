@@ -27,6 +27,8 @@ STUDENT = "test_resnet"  # timm's smallest ResNet: 0.5 million parameters
 NUM_LABELLED = 100
 ALPHAS = (0.0, 0.5)
 SEEDS = (0, 1, 2)
+# Options that are not called like their setting.
+_OPTIONS = {"config": "dataset-config", "revision": "dataset-revision", "learning_rate": "lr"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def command_line(command: str, settings: ExtractSettings | DistillSettings) -> s
     words = ["clip-embed-kd", command]
     for name, value in settings.model_dump(exclude_defaults=True).items():
         for option, setting in value.items() if name == "data" else [(name, value)]:
-            words += [f"--{option}"] if setting is True else [f"--{option}", str(setting)]
+            flag = f"--{_OPTIONS.get(option, option.replace('_', '-'))}"
+            words += [flag] if setting is True else [flag, str(setting)]
     return shlex.join(words)
 
 

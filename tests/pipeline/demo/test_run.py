@@ -34,7 +34,8 @@ def test_a_printed_command_says_exactly_what_is_run(tmp_path: Path) -> None:
 
 
 def test_a_printed_command_survives_odd_names(tmp_path: Path) -> None:
-    settings = ExtractSettings(teacher="a b", data=DataSettings(dataset="it's", limit=3), out=tmp_path / "x.h5")
+    data = DataSettings(dataset="it's", config="c", revision="r", label_column="fine label", limit=3)
+    settings = ExtractSettings(teacher="a b", data=data, out=tmp_path / "x.h5", per_class=5, skip_bad=True)
     _, options = parsed(command_line("extract", settings))
     assert ExtractSettings(data=cli._data_settings(options), **options) == settings
 
