@@ -4,22 +4,20 @@ Opening reads the header and the manifest only. `artifact[name]` checks a tensor
 out a read-only memory map of it; `gather` reads single rows and checks nothing but their bounds.
 """
 
-import fcntl
-import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import layout
+from store.atomic import replacing
 from store.container import Blocks, Header, Location, row_blocks
+from store.digest import ThreadedSha256
 from store.errors import (
     ArtifactDigestError,
     ArtifactFormatError,
@@ -28,6 +26,8 @@ from store.errors import (
     StoreError,
 )
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_manifest
+from store.pairs import PairIndex
+from store.stored import Identity, StoredTensor, identity_of
 
 SUFFIXES = (".safetensors", ".h5", ".hdf5")
 
@@ -47,15 +47,14 @@ class Artifact:
     `manifest_sha256` names the whole artifact, since the digest of every tensor stands in the manifest.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, header: Header, identity: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, header: Header, identity: Identity) -> None:
         """Hold what `open_artifact` found; use that."""
         self.path = path
         self.manifest = manifest
         self.manifest_sha256 = header.manifest_sha256
-        self._locations = header.locations
-        self._identity = identity
-        self._maps: dict[str, NDArray[Any]] = {}
+        self._tensors = {name: StoredTensor(path, identity, name, place) for name, place in header.locations.items()}
         self._verified: set[str] = set()
+        self._pairs: PairIndex | None = None
 
     def __enter__(self) -> "Artifact":
         """Return the artifact itself."""
@@ -68,15 +67,17 @@ class Artifact:
         traceback: TracebackType | None,
     ) -> None:
         """Forget the memory maps; arrays that were handed out stay valid."""
-        self._maps.clear()
+        self._pairs = None
+        for tensor in self._tensors.values():
+            tensor.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to another process without the memory maps, which would be pickled as arrays."""
-        return {**self.__dict__, "_maps": {}}
+        """Go to another process without the index of pairs: it is made anew there, if it is needed."""
+        return {**self.__dict__, "_pairs": None}
 
     def __contains__(self, name: object) -> bool:
         """Tell whether the artifact has a tensor of this name."""
-        return name in self.manifest.tensors
+        return name in self._tensors
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """Return a whole tensor, its digest checked at the first access.
@@ -85,18 +86,44 @@ class Artifact:
             name: e.g. `class/mean`.
 
         Returns:
-            A read-only memory map of dtype and shape as the manifest says, little-endian.
+            Read-only, of dtype and shape as the manifest says, little-endian: a memory map, or an array in memory
+            where the file holds it compressed.
 
         Raises:
             KeyError: the artifact has no such tensor.
             ArtifactDigestError: the bytes differ from the manifest's SHA-256.
             ArtifactFormatError: a value is not finite.
         """
-        array = self._map(name)
-        if name not in self._verified:
-            self._verify(name, array)
-            self._verified.add(name)
-        return array
+        self.verify(name)
+        return self._stored(name).whole()
+
+    def verify(self, name: str) -> None:
+        """Check a tensor's digest and that its values are finite, once, in constant memory.
+
+        Args:
+            name: e.g. `sample/embedding`.
+
+        Raises:
+            KeyError: the artifact has no such tensor.
+            ArtifactDigestError: the bytes differ from the manifest's SHA-256.
+            ArtifactFormatError: a value is not finite.
+        """
+        if name in self._verified:
+            return
+        blocks = self._stored(name).blocks()
+        block = next(blocks, None)
+        with ThreadedSha256() as digest:
+            while block is not None:
+                with digest.beside(block):  # reads the next one meanwhile
+                    layout.check_finite(name, block, self.path.name)
+                    block = next(blocks, None)
+        expected = self.manifest.tensors[name].sha256
+        if digest.hexdigest() != expected:
+            raise ArtifactDigestError(
+                f"{self.path.name}: {name} has SHA-256 {digest.hexdigest()[:12]}…, the manifest says "
+                f"{expected[:12]}…. The file is damaged: copy or extract it again."
+            )
+        self._verified.add(name)
 
     def gather(self, name: str, rows: NDArray[np.integer]) -> NDArray[Any]:
         """Read some rows of a tensor; nothing else is read, and no digest is checked.
@@ -112,10 +139,11 @@ class Artifact:
             KeyError: the artifact has no such tensor.
             IndexError: a row is negative or beyond the last one.
         """
-        array = self._map(name)
-        if len(rows) and (rows.min() < 0 or rows.max() >= len(array)):
-            raise IndexError(f"{name} has rows 0 to {len(array) - 1}, asked for {rows.min()} to {rows.max()}")
-        return np.asarray(array[rows])
+        stored = self._stored(name)
+        length = stored.shape[0]
+        if len(rows) and (rows.min() < 0 or rows.max() >= length):
+            raise IndexError(f"{name} has rows 0 to {length - 1}, asked for {rows.min()} to {rows.max()}")
+        return stored.gather(rows)
 
     def find(self, keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.int64]:
         """Find the rows of (sample key, label) pairs.
@@ -129,47 +157,16 @@ class Artifact:
 
         Raises:
             KeyError: the artifact has no samples.
+            ArtifactFormatError: its pairs are not sorted or not unique.
         """
-        stored_keys, stored_labels = self["sample/key"], self["sample/label"]
-        # Rows are sorted by key, so big-endian prefixes are sorted too. Few keys share 64 bits: walk along those.
-        prefixes = np.ascontiguousarray(stored_keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-        queries = np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)
-        order = np.argsort(queries, kind="stable")
-        row = np.searchsorted(prefixes, queries[order])
-        found = np.full(len(queries), -1, np.int64)
-        while len(order):
-            inside = row < len(prefixes)
-            order, row = order[inside], row[inside]
-            candidate = prefixes[row] == queries[order]
-            order, row = order[candidate], row[candidate]
-            equal = (stored_keys[row] == keys[order]).all(axis=1) & (stored_labels[row] == labels[order])
-            found[order[equal]] = row[equal]
-            order, row = order[~equal], row[~equal] + 1
-        return found
+        if self._pairs is None:
+            self._pairs = PairIndex(self["sample/key"], self["sample/label"], self.path.name)
+        return self._pairs.find(keys, labels)
 
-    def _map(self, name: str) -> NDArray[Any]:
-        if name not in self.manifest.tensors:
-            raise KeyError(f"{self.path.name} has no tensor {name!r}; it has {sorted(self.manifest.tensors)}")
-        if name not in self._maps:
-            place = self._locations[name]
-            dtype = layout.numpy_dtype(place.dtype)
-            with self.path.open("rb") as file:
-                if _identity(os.fstat(file.fileno())) != self._identity:
-                    raise ArtifactFormatError(f"{self.path.name}: was replaced while it was open. Open it again.")
-                self._maps[name] = np.memmap(file, dtype, "r", place.offset, place.shape)
-        return self._maps[name]
-
-    def _verify(self, name: str, array: NDArray[Any]) -> None:
-        digest = hashlib.sha256()
-        for block in row_blocks(array):
-            digest.update(np.ascontiguousarray(block).data)
-            layout.check_finite(name, block, self.path.name)
-        expected = self.manifest.tensors[name].sha256
-        if digest.hexdigest() != expected:
-            raise ArtifactDigestError(
-                f"{self.path.name}: {name} has SHA-256 {digest.hexdigest()[:12]}…, the manifest says "
-                f"{expected[:12]}…. The file is damaged: copy or extract it again."
-            )
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise KeyError(f"{self.path.name} has no tensor {name!r}; it has {sorted(self._tensors)}")
+        return self._tensors[name]
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -191,7 +188,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise ArtifactNotFoundError(f"{path}: artifact {what}. Make one with `clip-embed-kd extract`.")
-        identity = _identity(path.stat())
+        identity = identity_of(path.stat())
         header = backend.read_header(path)
     except PermissionError:
         raise ArtifactNotFoundError(f"{path}: no permission to read the artifact.") from None
@@ -207,6 +204,7 @@ def write_artifact(
     tensors: Mapping[str, NDArray[Any] | RowBlocks],
     *,
     overwrite: bool = False,
+    gzip: bool = False,
 ) -> Manifest:
     """Write an artifact atomically: a temporary file in the same folder, fsync, rename.
 
@@ -215,6 +213,7 @@ def write_artifact(
         manifest: everything but `tensors`, which is filled in from the data.
         tensors: arrays, or `RowBlocks` for rows that stream in.
         overwrite: replace an existing file; otherwise that is an error.
+        gzip: compress sample embeddings, for cold storage; HDF5 only.
 
     Returns:
         The manifest as written, with dtypes, shapes and digests.
@@ -232,6 +231,8 @@ def write_artifact(
             else "exists. Choose another file, or pass --overwrite."
         )
         raise ArtifactWriteError(f"{path}: {what}")
+    if gzip and path.suffix == ".safetensors":
+        raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")
     infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
     manifest = manifest.model_copy(update={"tensors": infos})
     layout.check_layout(manifest, path.name)
@@ -242,8 +243,8 @@ def write_artifact(
         for name, data in tensors.items()
     }
     try:
-        with _replacing(path) as temporary:
-            written: Manifest = backend.write(temporary, manifest, blocks)
+        with replacing(path) as temporary:
+            written: Manifest = backend.write(temporary, manifest, blocks, **({"gzip": True} if gzip else {}))
     except _SourceError as error:
         raise error.source from None
     return written
@@ -270,10 +271,6 @@ def backend_of(path: Path) -> ModuleType:
 
         return hdf5_backend
     raise StoreError(f"{path}: an artifact's name ends in {', '.join(SUFFIXES)}, found {path.suffix!r}.")
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _dtype_name(data: NDArray[Any] | RowBlocks) -> str:
@@ -307,44 +304,3 @@ def _guarded(blocks: Blocks) -> Iterator[NDArray[Any]]:
         yield from blocks
     except Exception as error:
         raise _SourceError(error) from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        with temporary.open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ArtifactWriteError(f"{path}: another process is writing it.") from None
-            if not _is_same_file(lock, temporary):  # it was renamed or removed between open and flock
-                raise ArtifactWriteError(f"{path}: another process is writing it.")
-            try:
-                yield temporary
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)
-        if inner := re.search(r"error message = '([^']+)'", reason):  # HDF5 buries the cause in its own trace
-            reason = inner.group(1)
-        reason = reason.splitlines()[0]
-        raise ArtifactWriteError(f"{path}: cannot be written ({reason}).") from None
-
-
-def _is_same_file(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

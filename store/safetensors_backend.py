@@ -7,10 +7,14 @@ header is read here.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from store.container import Blocks, Header, Location, hash_blocks
+import numpy as np
+from numpy.typing import NDArray
+
+from store.container import Blocks, Header, Location, write_blocks
 from store.errors import ArtifactFormatError
 from store.layout import check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_json
@@ -43,7 +47,7 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks]) -> Manifest
         # Digests have a fixed width: the header is written now and overwritten, in place, when they are known.
         header = _encode_header(manifest, order)
         file.write(header)
-        digests = {name: hash_blocks(name, manifest.tensors[name], blocks[name], file.write) for name in order}
+        digests = {name: write_blocks(name, manifest.tensors[name], blocks[name], _writer(file)) for name in order}
         finished = manifest.model_copy(update={"tensors": _with_digests(manifest.tensors, digests)})
         file.seek(0)
         file.write(_encode_header(finished, order))
@@ -78,6 +82,10 @@ def read_header(path: Path) -> Header:
         manifest_sha256=metadata["manifest_sha256"],
         locations=_locate(document, 8 + header_bytes, file_bytes, path.name),
     )
+
+
+def _writer(file: BinaryIO) -> Callable[[NDArray[Any]], object]:
+    return lambda block: file.write(block.reshape(-1).view(np.uint8).data)
 
 
 def _encode_header(manifest: Manifest, order: list[str]) -> bytes:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import store
-from store.container import BLOCK_BYTES, hash_blocks, row_blocks
+from store.container import BLOCK_BYTES, row_blocks, write_blocks
 
 INFO = store.TensorInfo(dtype="float32", shape=(4, 3))
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -13,7 +13,7 @@ ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 def collect(*blocks: np.ndarray) -> tuple[str, bytes]:
     written: list[bytes] = []
-    digest = hash_blocks("class/mean", INFO, blocks, written.append)
+    digest = write_blocks("class/mean", INFO, blocks, lambda block: written.append(block.tobytes()))
     return digest, b"".join(written)
 
 

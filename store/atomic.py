@@ -1,0 +1,67 @@
+"""Replace a file as a whole or not at all: a temporary file beside it, fsync, rename.
+
+The temporary file has a fixed name and a lock, so that what a killed writer left behind is written over by the
+next one, and two writers of one file do not mix.
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from store.errors import ArtifactWriteError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give out a temporary file to write and sync; move it into place when the body of the `with` ends well.
+
+    Args:
+        path: the file to make or replace.
+
+    Yields:
+        The temporary file, in the same folder.
+
+    Raises:
+        ArtifactWriteError: it cannot be written, or another process is writing it; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with temporary.open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ArtifactWriteError(f"{path}: another process is writing it.") from None
+            if not _is_same_file(lock, temporary):  # it was renamed or removed between open and flock
+                raise ArtifactWriteError(f"{path}: another process is writing it.")
+            try:
+                yield temporary
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
+        reason = getattr(error, "strerror", None) or str(error)
+        if inner := re.search(r"error message = '([^']+)'", reason):  # HDF5 buries the cause in its own trace
+            reason = inner.group(1)
+        reason = reason.splitlines()[0]
+        raise ArtifactWriteError(f"{path}: cannot be written ({reason}).") from None
+
+
+def _is_same_file(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

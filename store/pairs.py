@@ -1,0 +1,122 @@
+"""The sorted (sample key, label) pairs of an artifact, and the search among them."""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.errors import ArtifactFormatError
+
+_HASH_ROWS = 65536
+_Pairs = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.integer]]  # key's halves, label
+
+
+class PairIndex:
+    """Finds rows by (sample key, label)."""
+
+    def __init__(self, keys: NDArray[np.uint8], labels: NDArray[np.integer], where: str) -> None:
+        """Check the order of the rows; 16 bytes a row are held beside the tensors.
+
+        Args:
+            keys: [S, 16], sorted together with the labels.
+            labels: [S].
+            where: file name, for the message.
+
+        Raises:
+            ArtifactFormatError: the pairs are not sorted, or one stands twice.
+        """
+        self._pairs = _split(keys, labels)
+        high, low, labels = self._pairs
+        ordered = _less((high[:-1], low[:-1], labels[:-1]), (high[1:], low[1:], labels[1:]))
+        if not ordered.all():
+            row = int(np.argmin(ordered))
+            raise ArtifactFormatError(
+                f"{where}: sample/key and sample/label are not sorted and unique (rows {row} and {row + 1}). "
+                "The file is damaged: extract it again."
+            )
+
+    def find(self, keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Find the row of each pair.
+
+        Args:
+            keys: [N, 16].
+            labels: [N].
+
+        Returns:
+            [N] int64, −1 where there is none.
+        """
+        found = np.full(len(keys), -1, np.int64)
+        order = np.argsort(keys[:, :8].copy().view(">u8")[:, 0].astype(np.uint64))  # neighbours search nearby rows
+        query = _split(keys[order], np.asarray(labels)[order])
+        row = np.searchsorted(self._pairs[0], query[0])
+        row[row == len(self._pairs[0])] = 0  # beyond the last row: the comparison below says no
+        equal = self._equal(row, query)
+        found[order[equal]] = row[equal]
+        # Half a key is nearly always enough. Where several rows share it, the whole pair decides.
+        shared = ~equal & (self._pairs[0][row] == query[0])
+        if shared.any():
+            query = (query[0][shared], query[1][shared], query[2][shared])
+            row = self._bisect(query)
+            equal = self._equal(row, query)
+            found[order[shared][equal]] = row[equal]
+        return found
+
+    def _bisect(self, query: _Pairs) -> NDArray[np.int64]:
+        """Return the first row that is not less than each query, or the last row."""
+        first = np.zeros(len(query[0]), np.int64)
+        last = np.full(len(query[0]), len(self._pairs[0]) - 1, np.int64)
+        while (first < last).any():
+            middle = (first + last) // 2
+            less = _less(self._rows(middle), query)
+            first, last = np.where(less, np.minimum(middle + 1, last), first), np.where(less, last, middle)
+        return first
+
+    def _rows(self, row: NDArray[np.int64]) -> _Pairs:
+        high, low, labels = self._pairs
+        return high[row], low[row], labels[row]
+
+    def _equal(self, row: NDArray[np.int64], query: _Pairs) -> NDArray[np.bool_]:
+        high, low, labels = self._rows(row)
+        equal: NDArray[np.bool_] = (high == query[0]) & (low == query[1]) & (labels == query[2])
+        return equal
+
+
+def sort_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Order (key, label) pairs as artifacts do.
+
+    Args:
+        keys: [N, 16].
+        labels: [N].
+
+    Returns:
+        [N] the rows in sorted order, equal pairs in the order in which they came; [N] for each of those,
+        whether it differs from the one before.
+    """
+    high, low, labels = _split(keys, labels)
+    order = np.lexsort((labels, low, high))
+    high, low, labels = high[order], low[order], labels[order]
+    fresh = np.ones(len(order), bool)
+    fresh[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1]) | (labels[1:] != labels[:-1])
+    return order, fresh
+
+
+def pairs_sha256(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> str:
+    """Hash sorted unique pairs: 16 bytes of key and the label as int32, little-endian, for each."""
+    digest = hashlib.sha256()
+    for start in range(0, len(keys), _HASH_ROWS):
+        part = slice(start, start + _HASH_ROWS)
+        label_bytes = np.ascontiguousarray(labels[part], "<i4").view(np.uint8).reshape(-1, 4)
+        digest.update(np.concatenate([keys[part], label_bytes], axis=1).data)
+    return digest.hexdigest()
+
+
+def _split(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> _Pairs:
+    halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
+    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1]), np.asarray(labels)
+
+
+def _less(one: _Pairs, other: _Pairs) -> NDArray[np.bool_]:
+    less: NDArray[np.bool_] = (one[0] < other[0]) | (
+        (one[0] == other[0]) & ((one[1] < other[1]) | ((one[1] == other[1]) & (one[2] < other[2])))
+    )
+    return less
