@@ -4,11 +4,13 @@ Results go to stdout, progress and logs to stderr. Exit status: 0 done, 1 failed
 2 wrong usage, 130 and 143 interrupted.
 """
 
+import dataclasses
 import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +18,7 @@ import click
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 _PATH = click.Path(path_type=Path)
+_BYTES_WITHOUT_BAR = 1_000_000_000  # less is done in a second or so
 
 
 def _example(*lines: str) -> str:
@@ -56,6 +59,8 @@ _precision_option = click.option(
     default="auto",
     help="arithmetic; auto: bfloat16 where the hardware has it",
 )
+_gzip_option = click.option("--gzip", is_flag=True, help="compress samples, for cold storage; .h5 only")
+_overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing artifact")
 _skip_bad_option = click.option("--skip-bad", is_flag=True, help="leave out and count images that cannot be decoded")
 
 
@@ -113,7 +118,7 @@ def cli() -> None:
     "--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 without CUDA, else up to 8]"
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the choice of images")
-@click.option("--overwrite", is_flag=True, help="replace an existing artifact")
+@_overwrite_option
 @_json_option
 @_version_option
 def extract(as_json: bool, **options: Any) -> None:
@@ -300,7 +305,7 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
 @cli.group()
 @_version_option
 def store() -> None:
-    """Look into artifacts."""
+    """Look into artifacts, check them, and make others of them."""
 
 
 @store.command(epilog=_example("clip-embed-kd store inspect cifar100.safetensors"))
@@ -321,6 +326,107 @@ def inspect(artifact: Path, as_json: bool) -> None:
         "manifest": summary.manifest,
     }
     _emit(as_json, document, [*summary.rows(), ("", "tensors not verified")])
+
+
+@store.command(epilog=_example("clip-embed-kd store verify *.safetensors"))
+@click.argument("artifacts", nargs=-1, required=True, type=_PATH, metavar="PATH…")
+@_json_option
+@_version_option
+def verify(artifacts: Sequence[Path], as_json: bool) -> None:
+    """Check every byte of artifacts, one line each; exit status 1 if any of them failed."""
+    from store import StoreError, verify_artifact
+
+    documents = []
+    for path in artifacts:
+        document: dict[str, Any] = {"path": str(path), "ok": True, "manifest_sha256": None, "error": None}
+        try:
+            with _byte_progress("verifying", [path]) as progress:
+                document["manifest_sha256"] = verify_artifact(path, progress=progress)
+        except (StoreError, OSError, MemoryError) as error:
+            text = _explain(error)[0] or "there is not enough memory for it."
+            document["ok"], document["error"] = False, text.removeprefix(f"{path}: ").removeprefix(f"{path.name}: ")
+        documents.append(document)
+        if not as_json:
+            click.echo(_printable(f"{path}: " + ("ok" if document["ok"] else f"FAILED: {document['error']}")))
+    if as_json:
+        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
+    if not all(document["ok"] for document in documents):
+        sys.exit(1)
+
+
+@store.command(epilog=_example("clip-embed-kd store convert cifar100.safetensors --out small.h5 --dtype int8"))
+@click.argument("artifact", type=_PATH)
+@click.option("--out", required=True, type=_PATH, help="artifact to write: .safetensors or .h5")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "int8"]), help="of stored samples  [default: as is]")
+@click.option("--class-only", is_flag=True, help="leave the samples out")
+@click.option("--drop-class", "drop_classes", multiple=True, metavar="NAME", help="leave a class out; may be repeated")
+@_gzip_option
+@_overwrite_option
+@_json_option
+@_version_option
+def convert(artifact: Path, out: Path, overwrite: bool, as_json: bool, **changes: Any) -> None:
+    """Write an artifact in another container or type, and say what that lost."""
+    from pipeline.progress import size
+    from store import Conversion, convert_artifact
+
+    with _byte_progress("converting", [artifact, artifact]) as progress:
+        result = convert_artifact(artifact, out, Conversion(**changes), overwrite=overwrite, progress=progress)
+    loss, before, after = result.loss, result.bytes_before, result.bytes_after
+    document = {
+        "artifact": str(out),
+        "manifest_sha256": result.manifest.sha256(),
+        "bytes_before": before,
+        "bytes_after": after,
+        "loss": dataclasses.asdict(loss) if loss else None,
+        "notes": result.notes,
+    }
+    rows = [
+        ("artifact", f"{out}, {size(after)}, was {size(before)} ({(after - before) / before:+.1%})"),
+        ("digest", result.manifest.sha256()),
+    ]
+    if loss:
+        rows += [
+            ("cosine", f"mean {loss.mean_cosine:.7f}, worst {loss.worst_cosine:.7f}, of {loss.num_rows:,} samples"),
+            (
+                "classes",
+                f"nearest one unchanged for {loss.nearest_class_agreement:.2%} of {loss.num_compared:,} samples",
+            ),
+        ]
+    else:
+        rows.append(("loss", "none: samples and class statistics are kept to the bit"))
+    _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
+
+
+@store.command(epilog=_example("clip-embed-kd store merge one.safetensors two.safetensors --out both.safetensors"))
+@click.argument("artifacts", nargs=-1, required=True, type=_PATH, metavar="ARTIFACT…")
+@click.option("--out", required=True, type=_PATH, help="artifact to write: .safetensors or .h5")
+@click.option("--allow-overlap", is_flag=True, help="store an image that several have once, and count it each time")
+@_overwrite_option
+@_json_option
+@_version_option
+def merge(artifacts: Sequence[Path], out: Path, as_json: bool, **options: Any) -> None:
+    """Merge artifacts of one teacher, as if one extraction had seen all their images."""
+    from store import merge_artifacts
+
+    with _byte_progress("merging", [*artifacts, *artifacts]) as progress:
+        result = merge_artifacts(artifacts, out, progress=progress, **options)
+    manifest = result.manifest
+    samples = manifest.tensors.get("sample/key")
+    document = {
+        "artifact": str(out),
+        "manifest_sha256": manifest.sha256(),
+        "num_classes": len(manifest.classes),
+        "num_samples": samples.shape[0] if samples else 0,
+        "num_shared": result.num_shared,
+        "notes": result.notes,
+    }
+    rows = [
+        ("artifact", f"{out}, {out.stat().st_size:,} bytes"),
+        ("digest", manifest.sha256()),
+        ("classes", f"{len(manifest.classes):,}"),
+        ("samples", f"{samples.shape[0] if samples else 0:,}, {result.num_shared:,} of them in several inputs"),
+    ]
+    _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
 
 
 @cli.command(epilog=_example("clip-embed-kd demo"))
@@ -393,6 +499,26 @@ def _data_settings(options: dict[str, Any]) -> Any:
         "limit",
     )
     return DataSettings(**{renamed.get(name, name): options.pop(name) for name in names})
+
+
+@contextmanager
+def _byte_progress(what: str, paths: Sequence[Path]) -> Iterator[Callable[[int], None]]:
+    """Show a bar over the bytes of some files, where they are many."""
+    total = sum(path.stat().st_size for path in paths if path.is_file())
+    if total < _BYTES_WITHOUT_BAR:
+        yield lambda num_bytes: None
+        return
+    from pipeline.progress import ProgressBar
+
+    done = 0
+    with ProgressBar(what, max(1, total // 10**6), "MB") as bar:
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            bar.advance((done + num_bytes) // 10**6 - done // 10**6)
+            done += num_bytes
+
+        yield advance
 
 
 def _memory_rows(memory: Any) -> list[tuple[str, str]]:

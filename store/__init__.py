@@ -3,36 +3,59 @@
 Uses numpy, never torch, and knows nothing of training. These names are the whole public interface.
 """
 
-from store.artifact import Artifact, RowBlocks, open_artifact, write_artifact
+from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
+from store.convert import Conversion, ConvertResult, Loss, convert_artifact
 from store.errors import (
     ArtifactDigestError,
     ArtifactFormatError,
+    ArtifactMergeError,
     ArtifactNotFoundError,
     ArtifactVersionError,
     ArtifactWriteError,
     StoreError,
 )
-from store.manifest import DataSetInfo, Manifest, SamplingInfo, TeacherInfo, TensorInfo
+from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo, TeacherInfo, TensorInfo
+from store.merge import MergeResult, merge_artifacts
+from store.pairs import pairs_sha256, sort_pairs
+from store.quantize import sample_embeddings
+from store.ridge import RidgeHead, fit_ridge
 from store.statistics import ClassStatistics
 from store.summary import Summary, summarise
+from store.verify import verify_artifact
 
 __all__ = [
     "Artifact",
     "ArtifactDigestError",
     "ArtifactFormatError",
+    "ArtifactMergeError",
     "ArtifactNotFoundError",
     "ArtifactVersionError",
     "ArtifactWriteError",
     "ClassStatistics",
+    "Conversion",
+    "ConvertResult",
     "DataSetInfo",
+    "HeadInfo",
+    "Loss",
     "Manifest",
+    "MergeResult",
+    "RidgeHead",
     "RowBlocks",
     "SamplingInfo",
+    "SourceInfo",
     "StoreError",
     "Summary",
     "TeacherInfo",
     "TensorInfo",
+    "check_destination",
+    "convert_artifact",
+    "fit_ridge",
+    "merge_artifacts",
     "open_artifact",
+    "pairs_sha256",
+    "sample_embeddings",
+    "sort_pairs",
     "summarise",
+    "verify_artifact",
     "write_artifact",
 ]

@@ -6,7 +6,7 @@ out a read-only memory map of it; `gather` reads single rows and checks nothing 
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from store import layout
 from store.atomic import replacing
-from store.container import Blocks, Header, Location, row_blocks
+from store.container import Blocks, Header, Location, Progress, ignore, row_blocks
 from store.digest import ThreadedSha256
 from store.errors import (
     ArtifactDigestError,
@@ -39,6 +39,10 @@ class RowBlocks:
     shape: tuple[int, ...]
     dtype: str
     blocks: Blocks
+
+    def reporting(self, progress: Progress) -> "RowBlocks":
+        """Return the same, with progress told of the bytes of each block once the next is asked for."""
+        return replace(self, blocks=_reporting(self.blocks, progress))
 
 
 class Artifact:
@@ -97,11 +101,12 @@ class Artifact:
         self.verify(name)
         return self._stored(name).whole()
 
-    def verify(self, name: str) -> None:
+    def verify(self, name: str, progress: Progress = ignore) -> None:
         """Check a tensor's digest and that its values are finite, once, in constant memory.
 
         Args:
             name: e.g. `sample/embedding`.
+            progress: told of the bytes of each block that was checked.
 
         Raises:
             KeyError: the artifact has no such tensor.
@@ -116,6 +121,7 @@ class Artifact:
             while block is not None:
                 with digest.beside(block):  # reads the next one meanwhile
                     layout.check_finite(name, block, self.path.name)
+                    progress(block.nbytes)
                     block = next(blocks, None)
         expected = self.manifest.tensors[name].sha256
         if digest.hexdigest() != expected:
@@ -224,15 +230,7 @@ def write_artifact(
     """
     path = Path(path)
     backend = backend_of(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = (
-            "is a folder. Choose another name."
-            if path.is_dir()
-            else "exists. Choose another file, or pass --overwrite."
-        )
-        raise ArtifactWriteError(f"{path}: {what}")
-    if gzip and path.suffix == ".safetensors":
-        raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")
+    check_destination(path, overwrite=overwrite, gzip=gzip)
     infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
     manifest = manifest.model_copy(update={"tensors": infos})
     layout.check_layout(manifest, path.name)
@@ -248,6 +246,27 @@ def write_artifact(
     except _SourceError as error:
         raise error.source from None
     return written
+
+
+def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bool = False) -> None:
+    """Check that an artifact may be written there, before there is anything to write.
+
+    Args:
+        path: as for `write_artifact`.
+        overwrite: whether an existing file may be replaced.
+        gzip: whether it is to be compressed.
+
+    Raises:
+        StoreError: it has another suffix, is a folder, exists, or cannot be compressed.
+    """
+    path = Path(path)
+    backend_of(path)
+    if path.is_dir():
+        raise ArtifactWriteError(f"{path}: is a folder. Choose another name.")
+    if path.exists() and not overwrite:
+        raise ArtifactWriteError(f"{path}: exists. Choose another file, or pass --overwrite.")
+    if gzip and path.suffix == ".safetensors":
+        raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")
 
 
 def backend_of(path: Path) -> ModuleType:
@@ -271,6 +290,12 @@ def backend_of(path: Path) -> ModuleType:
 
         return hdf5_backend
     raise StoreError(f"{path}: an artifact's name ends in {', '.join(SUFFIXES)}, found {path.suffix!r}.")
+
+
+def _reporting(blocks: Blocks, progress: Progress) -> Iterator[NDArray[Any]]:
+    for block in blocks:
+        yield block
+        progress(block.nbytes)
 
 
 def _dtype_name(data: NDArray[Any] | RowBlocks) -> str:

@@ -14,6 +14,7 @@ from store.layout import check_finite, numpy_dtype
 from store.manifest import TensorInfo
 
 Blocks = Iterable[NDArray[Any]]
+Progress = Callable[[int], object]  # told of bytes as they are done
 BLOCK_BYTES = 4 * 1024 * 1024
 
 
@@ -47,6 +48,10 @@ class Header:
     manifest: bytes
     manifest_sha256: str
     locations: Mapping[str, Location]
+
+
+def ignore(num_bytes: int) -> None:
+    """Report progress to nobody."""
 
 
 def row_blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:

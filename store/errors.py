@@ -3,6 +3,7 @@
     StoreError                      anything below; its text is one line, ready to show
     ├── ArtifactNotFoundError       no such file, or it cannot be read
     ├── ArtifactWriteError          the artifact could not be written; nothing was left behind
+    ├── ArtifactMergeError          artifacts that cannot be merged
     └── ArtifactFormatError         the bytes are not a valid artifact
         ├── ArtifactVersionError    an artifact of a major version that this reader does not know
         └── ArtifactDigestError     the content is not what the manifest's SHA-256 says
@@ -21,6 +22,10 @@ class ArtifactNotFoundError(StoreError):
 
 class ArtifactWriteError(StoreError):
     """The artifact could not be written."""
+
+
+class ArtifactMergeError(StoreError):
+    """Artifacts of different teachers or preprocessing, or of the same images, cannot be merged."""
 
 
 class ArtifactFormatError(StoreError):

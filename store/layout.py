@@ -89,6 +89,8 @@ def check_layout(manifest: Manifest, where: str) -> None:
     tensors = manifest.tensors
     for missing in sorted(_missing(tensors)):
         raise ArtifactFormatError(f"{where}: {missing} is missing. Extract the artifact again.")
+    if "sample/scale" in tensors and getattr(tensors.get("sample/embedding"), "dtype", None) != "int8":
+        raise ArtifactFormatError(f"{where}: sample/scale stands without int8 samples. Extract the artifact again.")
     sizes: dict[str | int, int] = {
         "C": len(manifest.classes),
         "D": manifest.teacher.embed_dim,

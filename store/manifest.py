@@ -78,10 +78,27 @@ class SamplingInfo(_Record):
     views_version: int | None = Field(default=None, ge=1)
     short_classes: int = Field(default=0, ge=0, description="classes with fewer images than per_class")
     skipped_images: int = Field(default=0, ge=0, description="images that could not be decoded")
-    images_sha256: Sha256 = Field(
+    images_sha256: Sha256 | None = Field(
         pattern=_SHA256,
-        description="of the embedded images: their sorted unique pairs of sample key and class row (int32)",
+        description="of the embedded images: their sorted unique pairs of sample key and class row (int32); "
+        "none where a merge or a dropped class left them unknown",
     )
+
+
+class HeadInfo(_Record):
+    """How the ridge head was fitted."""
+
+    penalty: float = Field(ge=0, description="λ, added to the eigenvalues of the scatter matrix")
+    loo_error: float = Field(ge=0, description="mean squared leave-one-out error over images and classes")
+    loo_accuracy: float = Field(ge=0, le=1, description="share of images that are classified rightly when left out")
+
+
+class SourceInfo(_Record):
+    """One of the artifacts that this one was made from."""
+
+    manifest_sha256: Sha256 = Field(pattern=_SHA256)
+    data_set: DataSetInfo
+    sampling: SamplingInfo
 
 
 class TensorInfo(_Record):
@@ -100,6 +117,10 @@ class Manifest(_Record):
     data_set: DataSetInfo
     preprocessing: dict[str, Any] = Field(description="the teacher's image processor and its settings")
     sampling: SamplingInfo
+    head: HeadInfo | None = Field(default=None, description="absent where there is no head")
+    sources: tuple[SourceInfo, ...] = Field(
+        default=(), strict=False, description="absent where the artifact was extracted; else what it was made from"
+    )
     classes: tuple[str, ...] = Field(strict=False, min_length=1, description="class names in row order")
     tensors: dict[str, TensorInfo] = Field(default_factory=dict)
     software: dict[str, str] = Field(default_factory=dict, description="versions that made the artifact")
@@ -121,6 +142,9 @@ class Manifest(_Record):
             The bytes whose SHA-256 stands beside the manifest.
         """
         document = self.model_dump()  # mode="json" would turn NaN into null and a Path into text
+        for name in ("head", "sources"):
+            if not document[name]:
+                del document[name]
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8")
 

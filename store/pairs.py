@@ -7,33 +7,27 @@ from numpy.typing import NDArray
 
 from store.errors import ArtifactFormatError
 
-_HASH_ROWS = 65536
-_Pairs = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.integer]]  # key's halves, label
+_BLOCK_ROWS = 65536
+Pairs = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.integer]]  # halves of the key, label
 
 
 class PairIndex:
     """Finds rows by (sample key, label)."""
 
     def __init__(self, keys: NDArray[np.uint8], labels: NDArray[np.integer], where: str) -> None:
-        """Check the order of the rows; 16 bytes a row are held beside the tensors.
+        """Check the order of the rows; 8 bytes a row are held beside the tensors.
 
         Args:
-            keys: [S, 16], sorted together with the labels.
+            keys: [S, 16], sorted together with the labels; may be a memory map.
             labels: [S].
             where: file name, for the message.
 
         Raises:
             ArtifactFormatError: the pairs are not sorted, or one stands twice.
         """
-        self._pairs = _split(keys, labels)
-        high, low, labels = self._pairs
-        ordered = _less((high[:-1], low[:-1], labels[:-1]), (high[1:], low[1:], labels[1:]))
-        if not ordered.all():
-            row = int(np.argmin(ordered))
-            raise ArtifactFormatError(
-                f"{where}: sample/key and sample/label are not sorted and unique (rows {row} and {row + 1}). "
-                "The file is damaged: extract it again."
-            )
+        check_sorted(keys, labels, where)
+        self._keys, self._labels = keys, labels
+        self._high = _halves(keys[:, :8])[:, 0]
 
     def find(self, keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.int64]:
         """Find the row of each pair.
@@ -46,14 +40,14 @@ class PairIndex:
             [N] int64, −1 where there is none.
         """
         found = np.full(len(keys), -1, np.int64)
-        order = np.argsort(keys[:, :8].copy().view(">u8")[:, 0].astype(np.uint64))  # neighbours search nearby rows
-        query = _split(keys[order], np.asarray(labels)[order])
-        row = np.searchsorted(self._pairs[0], query[0])
-        row[row == len(self._pairs[0])] = 0  # beyond the last row: the comparison below says no
+        order = np.argsort(_halves(keys[:, :8])[:, 0])  # neighbours search nearby rows
+        query = split_pairs(keys[order], np.asarray(labels)[order])
+        row = np.searchsorted(self._high, query[0])
+        row[row == len(self._high)] = 0  # beyond the last row: the comparison below says no
         equal = self._equal(row, query)
         found[order[equal]] = row[equal]
         # Half a key is nearly always enough. Where several rows share it, the whole pair decides.
-        shared = ~equal & (self._pairs[0][row] == query[0])
+        shared = ~equal & (self._high[row] == query[0])
         if shared.any():
             query = (query[0][shared], query[1][shared], query[2][shared])
             row = self._bisect(query)
@@ -61,24 +55,43 @@ class PairIndex:
             found[order[shared][equal]] = row[equal]
         return found
 
-    def _bisect(self, query: _Pairs) -> NDArray[np.int64]:
+    def _bisect(self, query: Pairs) -> NDArray[np.int64]:
         """Return the first row that is not less than each query, or the last row."""
         first = np.zeros(len(query[0]), np.int64)
-        last = np.full(len(query[0]), len(self._pairs[0]) - 1, np.int64)
+        last = np.full(len(query[0]), len(self._high) - 1, np.int64)
         while (first < last).any():
             middle = (first + last) // 2
-            less = _less(self._rows(middle), query)
+            less = _less(split_pairs(self._keys[middle], self._labels[middle]), query)
             first, last = np.where(less, np.minimum(middle + 1, last), first), np.where(less, last, middle)
         return first
 
-    def _rows(self, row: NDArray[np.int64]) -> _Pairs:
-        high, low, labels = self._pairs
-        return high[row], low[row], labels[row]
-
-    def _equal(self, row: NDArray[np.int64], query: _Pairs) -> NDArray[np.bool_]:
-        high, low, labels = self._rows(row)
+    def _equal(self, row: NDArray[np.int64], query: Pairs) -> NDArray[np.bool_]:
+        high, low, labels = split_pairs(self._keys[row], self._labels[row])
         equal: NDArray[np.bool_] = (high == query[0]) & (low == query[1]) & (labels == query[2])
         return equal
+
+
+def check_sorted(keys: NDArray[np.uint8], labels: NDArray[np.integer], where: str) -> None:
+    """Check that pairs are sorted by key, then label, and that none stands twice, in constant memory.
+
+    Args:
+        keys: [S, 16]; may be a memory map.
+        labels: [S].
+        where: file name, for the message.
+
+    Raises:
+        ArtifactFormatError: they are not.
+    """
+    for start in range(0, len(keys), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS + 1)  # one row more: the first of the next block
+        high, low, label = split_pairs(keys[rows], labels[rows])
+        ordered = _less((high[:-1], low[:-1], label[:-1]), (high[1:], low[1:], label[1:]))
+        if not ordered.all():
+            row = start + int(np.argmin(ordered))
+            raise ArtifactFormatError(
+                f"{where}: sample/key and sample/label are not sorted and unique (rows {row} and {row + 1}). "
+                "The file is damaged: extract it again."
+            )
 
 
 def sort_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -92,7 +105,7 @@ def sort_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> tuple[ND
         [N] the rows in sorted order, equal pairs in the order in which they came; [N] for each of those,
         whether it differs from the one before.
     """
-    high, low, labels = _split(keys, labels)
+    high, low, labels = split_pairs(keys, labels)
     order = np.lexsort((labels, low, high))
     high, low, labels = high[order], low[order], labels[order]
     fresh = np.ones(len(order), bool)
@@ -103,19 +116,30 @@ def sort_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> tuple[ND
 def pairs_sha256(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> str:
     """Hash sorted unique pairs: 16 bytes of key and the label as int32, little-endian, for each."""
     digest = hashlib.sha256()
-    for start in range(0, len(keys), _HASH_ROWS):
-        part = slice(start, start + _HASH_ROWS)
-        label_bytes = np.ascontiguousarray(labels[part], "<i4").view(np.uint8).reshape(-1, 4)
-        digest.update(np.concatenate([keys[part], label_bytes], axis=1).data)
+    for start in range(0, len(keys), _BLOCK_ROWS):
+        part = slice(start, start + _BLOCK_ROWS)
+        digest.update(pair_bytes(keys[part], labels[part]))
     return digest.hexdigest()
 
 
-def _split(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> _Pairs:
-    halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
-    return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1]), np.asarray(labels)
+def pair_bytes(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> bytes:
+    """Encode pairs as `pairs_sha256` hashes them."""
+    label_bytes = np.ascontiguousarray(labels, "<i4").view(np.uint8).reshape(-1, 4)
+    return np.concatenate([keys, label_bytes], axis=1).tobytes()
 
 
-def _less(one: _Pairs, other: _Pairs) -> NDArray[np.bool_]:
+def split_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> Pairs:
+    """Return the halves of each key as numbers that sort as its bytes do, and the label."""
+    halves = _halves(keys)
+    return halves[:, 0], halves[:, 1], np.asarray(labels)
+
+
+def _halves(keys: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Return [N, columns / 8] native numbers, each column contiguous."""
+    return np.asfortranarray(np.ascontiguousarray(keys).view(">u8"), np.uint64)
+
+
+def _less(one: Pairs, other: Pairs) -> NDArray[np.bool_]:
     less: NDArray[np.bool_] = (one[0] < other[0]) | (
         (one[0] == other[0]) & ((one[1] < other[1]) | ((one[1] == other[1]) & (one[2] < other[2])))
     )

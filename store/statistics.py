@@ -36,6 +36,28 @@ class ClassStatistics:
             mean = rows.mean(axis=0)
             self._combine(int(index), len(rows), mean, np.square(rows - mean).sum(axis=0))
 
+    def merge(
+        self,
+        count: NDArray[np.integer],
+        mean: NDArray[np.floating],
+        m2: NDArray[np.floating],
+        class_rows: NDArray[np.integer],
+    ) -> None:
+        """Fold in the statistics of other images, e.g. those of an artifact.
+
+        Of float32 statistics A and B of disjoint images the result differs from the statistics of all images,
+        in each value, by at most: mean, ulp(max |μ|); M2, 2·ulp(M2) + 4·n·|μ_A − μ_B|·ulp(max |μ|), where n is
+        n_A·n_B/(n_A + n_B) and ulp is that of float32. The second term is what rounding the means costs.
+
+        Args:
+            count: [K] images in each class.
+            mean: [K, D].
+            m2: [K, D].
+            class_rows: [K] the row here of each of those classes, each in 0…C−1.
+        """
+        for index, row in enumerate(class_rows.tolist()):
+            self._combine(row, int(count[index]), mean[index].astype(np.float64), m2[index].astype(np.float64))
+
     def tensors(self) -> dict[str, NDArray[np.generic]]:
         """Return `class/count` [C] int64 and `class/mean`, `class/m2` [C, D] rounded to float32."""
         return {

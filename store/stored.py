@@ -137,7 +137,7 @@ class StoredTensor:
         chunk_bytes = chunks.rows * itemsize * int(np.prod(self.shape[1:]))
         inflater = zlib.decompressobj()
         try:
-            plain = inflater.decompress(data, chunk_bytes + 1)
+            plain = inflater.decompress(data.data, chunk_bytes + 1)
         except zlib.error as error:
             raise self._bad_chunk(index, str(error)) from None
         if len(plain) != chunk_bytes or not inflater.eof or inflater.unused_data:
@@ -154,7 +154,7 @@ class StoredTensor:
 
 
 def _fill(file: FileIO, buffer: NDArray[Any], where: str) -> None:
-    view = memoryview(buffer.reshape(-1).view(np.uint8))
+    view = buffer.reshape(-1).view(np.uint8).data
     while len(view):
         count = file.readinto(view)
         if not count:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.distill.config import Target
 from pipeline.distill.images import DecodedImages
 from pipeline.errors import PipelineError, listed
-from store import Artifact
+from store import Artifact, sample_embeddings
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,7 @@ class Targets:
         Returns:
             float32, on the CPU.
         """
-        rows = self.sample_rows[images]
-        stored = self.artifact.gather("sample/embedding", rows)[:, 0]
-        embeddings = stored.astype(np.float32)
-        if stored.dtype == np.int8:
-            embeddings *= self.artifact.gather("sample/scale", rows)[:, :1]
-        return torch.from_numpy(embeddings)
+        return torch.from_numpy(sample_embeddings(self.artifact, self.sample_rows[images])[:, 0])
 
 
 def verify_for(artifact: Artifact, target: Target) -> None:
@@ -69,7 +64,7 @@ def verify_for(artifact: Artifact, target: Target) -> None:
     samples = ("sample/key", "sample/label", "sample/embedding", "sample/scale")
     for name in ("class/mean", *(samples if target != "class" else ())):
         if name in artifact:
-            _ = artifact[name]  # the first access verifies; training gathers rows unchecked
+            artifact.verify(name)  # training gathers rows unchecked
 
 
 def class_rows(

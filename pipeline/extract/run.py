@@ -28,8 +28,7 @@ from pipeline.runtime import (
     resolve_precision,
     software_versions,
 )
-from store import ClassStatistics, DataSetInfo, Manifest, SamplingInfo, write_artifact
-from store.artifact import backend_of
+from store import ClassStatistics, DataSetInfo, Manifest, SamplingInfo, check_destination, write_artifact
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
@@ -66,9 +65,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         StoreError: the artifact cannot be written; nothing is left behind.
     """
     start = time.monotonic()
-    backend_of(settings.out)
-    if settings.out.is_dir():
-        raise PipelineError(f"{settings.out}: is a folder. Choose another --out.")
+    check_destination(settings.out, overwrite=settings.overwrite)
     check_output(settings.out, 0, replaceable=settings.overwrite)
     device = resolve_device(settings.device)
     data = load_labelled(settings.data)

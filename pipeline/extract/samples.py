@@ -4,7 +4,6 @@ The spool is a nameless temporary file beside the artifact: it takes no memory, 
 process, however that ends.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
-from store import RowBlocks
+from store import RowBlocks, pairs_sha256, sort_pairs
 
 _BLOCK_ROWS = 4096
 
@@ -79,14 +78,10 @@ class SampleSpool:
             tensors, empty where no embeddings were kept.
         """
         keys, labels = np.concatenate(self._keys), np.concatenate(self._labels)
-        halves = np.ascontiguousarray(keys).view(">u8")
-        order = np.lexsort((labels, halves[:, 1], halves[:, 0]))
+        order, fresh = sort_pairs(keys, labels)
+        order = order[fresh]
         keys, labels = keys[order], labels[order]
-        fresh = np.ones(len(order), bool)
-        fresh[1:] = (keys[1:] != keys[:-1]).any(axis=1) | (labels[1:] != labels[:-1])
-        keys, labels, order = keys[fresh], labels[fresh], order[fresh]
-        pairs = np.concatenate([keys, labels.astype("<i4").view(np.uint8).reshape(-1, 4)], axis=1)
-        digest = hashlib.sha256(pairs.tobytes()).hexdigest()
+        digest = pairs_sha256(keys, labels)
         if self._file is None or self._dtype is None:
             return digest, {}
         shape = (len(order), 1, self._embed_dim)

@@ -47,7 +47,7 @@ def make_manifest(num_classes: int = 3, embed_dim: int = 4, views: int = 2, **fi
                 classes_named=True,
             ),
             "preprocessing": {"size": 224, "mean": [0.5, 0.25, 0.125], "resample": None},
-            "sampling": store.SamplingInfo(per_class=None, seed=0, batch_size=4, views=views, images_sha256="b" * 64),
+            "sampling": store.SamplingInfo(per_class=None, seed=0, batch_size=4, views=views, images_sha256=None),
             "classes": tuple(f"class {index}" for index in range(num_classes)),
             "software": {"clip-embed-kd": "0.1.0"},
             **fields,
@@ -60,7 +60,7 @@ def class_tensors(num_classes: int = 3, embed_dim: int = 4) -> Tensors:
     numbers = np.arange(num_classes * embed_dim, dtype=np.float32).reshape(num_classes, embed_dim)
     return {
         "class/mean": numbers / 8 - 1,
-        "class/count": np.arange(1, num_classes + 1, dtype=np.int64),
+        "class/count": np.arange(4, num_classes + 4, dtype=np.int64),
         "class/m2": numbers / 4,
     }
 
@@ -88,8 +88,23 @@ def all_tensors() -> Tensors:
         "head/weight": 1 - numbers,
         "head/bias": np.array([0.5, -0.0, -2], np.float32),
         "class/text": numbers / 1024,
-        "sample/scale": np.full((5, 2), 0.25, np.float32),
     }
+
+
+def int8_tensors() -> Tensors:
+    """Build an artifact with samples in int8, sizes as in `make_manifest`."""
+    steps = np.arange(-20, 20, dtype=np.int8).reshape(5, 2, 4) * np.int8(5)
+    scales = np.arange(10, dtype=np.float32).reshape(5, 2) / 64
+    return {**class_tensors(), **sample_tensors(), "sample/embedding": steps, "sample/scale": scales}
+
+
+def golden_manifest() -> store.Manifest:
+    """Build the manifest of the golden files: their samples are all images that were embedded."""
+    pairs = sample_tensors()
+    digest = store.pairs_sha256(pairs["sample/key"], pairs["sample/label"])
+    return make_manifest(
+        sampling=store.SamplingInfo(per_class=None, seed=0, batch_size=4, views=2, images_sha256=digest)
+    )
 
 
 def document_of(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -168,7 +183,15 @@ def assert_same_bits(found: Mapping[str, NDArray[Any]], expected: Mapping[str, N
         assert found[name].tobytes() == array.tobytes(), name
 
 
+GOLDEN_FILES = (
+    ("format-1.safetensors", all_tensors(), False),
+    ("format-1.h5", all_tensors(), False),
+    ("format-1-gzip.h5", all_tensors(), True),
+    ("format-1-int8.safetensors", int8_tensors(), False),
+    ("format-1-int8.h5", int8_tensors(), False),
+)
+
+
 if __name__ == "__main__":
-    for suffix in SUFFIXES:
-        golden = GOLDEN / f"format-1{suffix}"
-        store.write_artifact(golden, make_manifest(), all_tensors(), overwrite=True)
+    for name, tensors, gzip in GOLDEN_FILES:
+        store.write_artifact(GOLDEN / name, golden_manifest(), tensors, overwrite=True, gzip=gzip)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ def test_a_summary_names_everything_in_the_artifact(tmp_path: Path) -> None:
     path = tmp_path / "artifact.safetensors"
     manifest = store.write_artifact(path, make_manifest(), all_tensors())
     summary = store.summarise(path)
-    assert summary.manifest == manifest.model_dump(mode="json")
+    assert summary.manifest == json.loads(manifest.to_bytes())
     assert summary.rows() == [
         ("artifact", f"artifact.safetensors, {path.stat().st_size:,} bytes, format 1.0"),
         ("digest", f"{manifest.sha256()} (of the manifest)"),

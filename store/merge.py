@@ -1,0 +1,277 @@
+"""Merge artifacts of one teacher: statistics by the parallel formula, samples by their sorted pairs.
+
+Nothing but class tensors is held: the inputs' samples are read in step, block by block.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
+from store.container import Progress, ignore
+from store.errors import ArtifactMergeError
+from store.layout import RULES
+from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo
+from store.merged_rows import MergedSamples
+from store.ridge import fit_ridge
+from store.statistics import ClassStatistics
+from store.verify import verify_open
+
+# Equal weights may go by several names.
+_TEACHER_MAY_DIFFER = frozenset({"name", "revision", "licence"})
+_SAMPLING_MUST_AGREE = ("views", "view_size", "views_version")
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge made: `notes` are sentences that its user should read."""
+
+    manifest: Manifest
+    num_shared: int
+    notes: tuple[str, ...]
+
+
+def merge_artifacts(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    allow_overlap: bool = False,
+    overwrite: bool = False,
+    progress: Progress = ignore,
+) -> MergeResult:
+    """Merge artifacts as if one extraction had seen all their images.
+
+    Counts add up; means and M2 keep the bound that `ClassStatistics.merge` states. Classes are those of the first
+    artifact, followed by what each further one adds.
+
+    Args:
+        paths: two artifacts or more.
+        out: the artifact to write.
+        allow_overlap: images that stand in several inputs are stored once, and counted each time.
+        overwrite: replace an existing file.
+        progress: told of the bytes of each block that was checked or written.
+
+    Returns:
+        The manifest, how many samples were shared, and what could not be kept or proved.
+
+    Raises:
+        ArtifactMergeError: the inputs are not of the same teacher and preprocessing, or overlap.
+        StoreError: an input is damaged, or the output cannot be written.
+    """
+    check_destination(out, overwrite=overwrite)
+    if len(paths) < 2:
+        raise ArtifactMergeError(f"{out}: a merge needs two artifacts or more, found {len(paths)}.")
+    with ExitStack() as stack:
+        artifacts = [stack.enter_context(open_artifact(path)) for path in paths]
+        for other in artifacts[1:]:
+            _check_alike(artifacts[0], other)
+        for artifact in artifacts:
+            verify_open(artifact, progress)
+        merge = _Merge(artifacts)
+        if not allow_overlap:
+            merge.check_disjoint()
+        manifest, tensors = merge.finish(progress)
+        manifest = write_artifact(out, manifest, tensors, overwrite=overwrite)
+        return MergeResult(manifest, merge.num_shared, tuple(merge.notes))
+
+
+class _Merge:
+    """One merge: the inputs, where their classes go, and what there is to say."""
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        self.artifacts = artifacts
+        self.notes: list[str] = []
+        self.classes = tuple(dict.fromkeys(name for artifact in artifacts for name in artifact.manifest.classes))
+        row_of = {name: row for row, name in enumerate(self.classes)}
+        self.class_rows = [
+            np.array([row_of[name] for name in artifact.manifest.classes], np.int64) for artifact in artifacts
+        ]
+        sampled = [index for index, artifact in enumerate(artifacts) if "sample/key" in artifact]
+        self.samples = MergedSamples([artifacts[index] for index in sampled], [self.class_rows[i] for i in sampled])
+        # Whether the samples are all images that the statistics are of.
+        self.complete = len(sampled) == len(artifacts) and all(
+            artifact.manifest.sampling.images_sha256 for artifact in artifacts
+        )
+        self.num_shared = self.samples.num_shared
+        self._note_missing([artifact for artifact in artifacts if "sample/key" not in artifact])
+
+    def check_disjoint(self) -> None:
+        """Refuse what is known to overlap."""
+        if self.num_shared:
+            raise ArtifactMergeError(
+                f"{self._named(self.artifacts)}: share {self.num_shared} images under the same label, which would be "
+                "counted twice. Extract disjoint parts, or pass --allow-overlap to store each once and count both."
+            )
+        seen: dict[str, Artifact] = {}
+        for artifact in self.artifacts:
+            digest = artifact.manifest.sampling.images_sha256
+            same = seen.setdefault(digest, artifact) if digest and "sample/key" not in artifact else artifact
+            if same is not artifact:
+                raise ArtifactMergeError(
+                    f"{artifact.path.name}: is of exactly the images of {same.path.name}. Leave it out, or pass "
+                    "--allow-overlap to count them twice."
+                )
+
+    def finish(self, progress: Progress) -> tuple[Manifest, dict[str, NDArray[Any] | RowBlocks]]:
+        """Return the manifest, but for its tensors, and the tensors, which report their progress."""
+        first = self.artifacts[0].manifest
+        statistics = ClassStatistics(len(self.classes), first.teacher.embed_dim)
+        for artifact, class_rows in zip(self.artifacts, self.class_rows, strict=True):
+            statistics.merge(artifact["class/count"], artifact["class/mean"], artifact["class/m2"], class_rows)
+        tensors: dict[str, NDArray[Any] | RowBlocks] = {
+            **statistics.tensors(),
+            **{name: rows.reporting(progress) for name, rows in self.samples.tensors().items()},
+        }
+        head = self._head(tensors)
+        self._add_text(tensors)
+        dropped = sorted({name for artifact in self.artifacts for name in artifact.manifest.tensors} - set(RULES))
+        if dropped:
+            self.notes.append(f"Not kept, since this program does not know how to merge them: {', '.join(dropped)}.")
+        manifest = Manifest(
+            teacher=first.teacher,
+            data_set=_union_of_data_sets([artifact.manifest.data_set for artifact in self.artifacts]),
+            preprocessing=first.preprocessing,
+            sampling=self._sampling(statistics.count),
+            head=head,
+            sources=tuple(source for artifact in self.artifacts for source in sources_of(artifact)),
+            classes=self.classes,
+            software=_joined([artifact.manifest.software for artifact in self.artifacts]),
+        )
+        return manifest, tensors
+
+    def _head(self, tensors: dict[str, NDArray[Any] | RowBlocks]) -> HeadInfo | None:
+        if not any("head/weight" in artifact for artifact in self.artifacts):
+            return None
+        if not self.complete:
+            self.notes.append(
+                "The ridge head was dropped: it cannot be merged from means, and not every input has its samples."
+            )
+            return None
+        embed_dim = self.artifacts[0].manifest.teacher.embed_dim
+        head = fit_ridge(self.samples.labelled_embeddings, len(self.classes), embed_dim)
+        tensors.update(head.tensors())
+        self.notes.append("The ridge head was fitted again, to the samples of all inputs.")
+        return head.info()
+
+    def _add_text(self, tensors: dict[str, NDArray[Any] | RowBlocks]) -> None:
+        having = [artifact for artifact in self.artifacts if "class/text" in artifact]
+        if not having:
+            return
+        text = np.full((len(self.classes), self.artifacts[0].manifest.teacher.embed_dim), np.nan, np.float32)
+        agree = len(having) == len(self.artifacts)
+        for artifact, rows in zip(self.artifacts, self.class_rows, strict=True):
+            if agree:
+                known = ~np.isnan(text[rows, 0])
+                agree = bool((text[rows][known] == artifact["class/text"][known]).all())
+                text[rows] = artifact["class/text"]
+        if agree:
+            tensors["class/text"] = text
+        else:
+            self.notes.append("class/text was dropped: the inputs do not all have it, or differ in it.")
+
+    def _sampling(self, count: NDArray[np.int64]) -> SamplingInfo:
+        parts = [artifact.manifest.sampling for artifact in self.artifacts]
+        per_class = None
+        asked_of_each = [part.per_class for part in parts if part.per_class is not None]
+        if len(asked_of_each) == len(parts):
+            asked = np.zeros(len(self.classes), np.int64)
+            for number, rows in zip(asked_of_each, self.class_rows, strict=True):
+                asked[rows] += number
+            per_class = int(asked.max())
+        limits = {part.limit for part in parts}
+        return SamplingInfo(
+            per_class=per_class,
+            limit=limits.pop() if len(limits) == 1 else None,
+            seed=parts[0].seed,
+            batch_size=max(part.batch_size for part in parts),
+            views=parts[0].views,
+            view_size=parts[0].view_size,
+            views_version=parts[0].views_version,
+            short_classes=0 if per_class is None else int((count < per_class).sum()),
+            skipped_images=sum(part.skipped_images for part in parts),
+            images_sha256=self.samples.images_sha256 if self.complete else None,
+        )
+
+    def _note_missing(self, class_only: Sequence[Artifact]) -> None:
+        if not class_only:
+            return
+        self.notes.append(
+            f"{self._named(class_only)}: class statistics only, which cannot prove that the inputs are disjoint. "
+            "An image that stands in two of them is counted twice."
+        )
+        if len(class_only) < len(self.artifacts):
+            self.notes.append("The merged artifact has the samples of the other inputs only.")
+
+    @staticmethod
+    def _named(artifacts: Sequence[Artifact]) -> str:
+        return ", ".join(artifact.path.name for artifact in artifacts)
+
+
+def sources_of(artifact: Artifact) -> tuple[SourceInfo, ...]:
+    """Return what an artifact was made from, or itself where it was extracted."""
+    manifest = artifact.manifest
+    if manifest.sources:
+        return manifest.sources
+    return (
+        SourceInfo(manifest_sha256=artifact.manifest_sha256, data_set=manifest.data_set, sampling=manifest.sampling),
+    )
+
+
+def _check_alike(first: Artifact, other: Artifact) -> None:
+    one, two = _what_must_agree(first.manifest), _what_must_agree(other.manifest)
+    for field, found, expected in _differences(two, one):
+        advice = "Only embeddings of one teacher, made in one way, can be merged."
+        if field.startswith("tensors."):
+            advice = "Make them equal with `clip-embed-kd store convert --dtype`."
+        raise ArtifactMergeError(f"{other.path.name}: {field} is {found}, {first.path.name} has {expected}. {advice}")
+
+
+def _what_must_agree(manifest: Manifest) -> dict[str, Any]:
+    data_set, sampling = manifest.data_set, manifest.sampling
+    agree: dict[str, Any] = {
+        "teacher": {k: v for k, v in manifest.teacher.model_dump().items() if k not in _TEACHER_MAY_DIFFER},
+        "preprocessing": manifest.preprocessing,
+        "sampling": {name: getattr(sampling, name) for name in _SAMPLING_MUST_AGREE},
+        "data_set": {"classes_named": data_set.classes_named},
+    }
+    if sampling.views > 1:
+        agree["sampling"]["seed"] = sampling.seed  # renderings are drawn from it
+    if not data_set.classes_named:  # indices mean something within one data set only
+        agree["data_set"] |= {name: getattr(data_set, name) for name in ("name", "config", "label_column")}
+    embedding = manifest.tensors.get("sample/embedding")
+    if embedding is not None:
+        agree["tensors"] = {"sample/embedding": {"dtype": embedding.dtype}}
+    return agree
+
+
+def _differences(one: Any, two: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        for name in sorted(set(one) | set(two)):
+            if field == "" and name == "tensors" and (name not in one or name not in two):
+                continue  # one of them has no samples
+            yield from _differences(one.get(name), two.get(name), f"{field}.{name}" if field else name)
+    elif one != two:
+        yield field, one, two
+
+
+def _union_of_data_sets(parts: Sequence[DataSetInfo]) -> DataSetInfo:
+    distinct = list({part.model_dump_json(): part for part in parts}.values())
+    if len(distinct) == 1:
+        return distinct[0]
+    return DataSetInfo(
+        **_joined([part.model_dump(exclude={"rows", "classes_named"}) for part in distinct]),
+        rows=sum(part.rows for part in distinct),
+        classes_named=distinct[0].classes_named,
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, str | None]]) -> dict[str, Any]:
+    """Join the different values of each field by a plus sign."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: dict.fromkeys(part[name] for part in parts if part.get(name) is not None) for name in names}
+    return {name: " + ".join(map(str, found)) if found else None for name, found in values.items()}

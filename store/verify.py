@@ -1,0 +1,81 @@
+"""Check every byte of an artifact, and everything that its numbers must obey."""
+
+import os
+
+import numpy as np
+
+from store.artifact import Artifact, open_artifact
+from store.container import Progress, ignore
+from store.errors import ArtifactFormatError
+from store.pairs import check_sorted, pairs_sha256
+
+_BLOCK_ROWS = 65536
+
+
+def verify_artifact(path: str | os.PathLike[str], *, progress: Progress = ignore) -> str:
+    """Verify a file from the first byte to the last, in constant memory.
+
+    Args:
+        path: the artifact.
+        progress: told of the bytes of each block that was checked.
+
+    Returns:
+        The SHA-256 of its manifest, which names the whole artifact.
+
+    Raises:
+        StoreError: it is missing, damaged, or breaks a rule of the format.
+    """
+    with open_artifact(path) as artifact:
+        verify_open(artifact, progress)
+        return artifact.manifest_sha256
+
+
+def verify_open(artifact: Artifact, progress: Progress = ignore) -> None:
+    """Verify an open artifact: digests, finite values, counts, labels, order and uniqueness of the pairs.
+
+    Args:
+        artifact: what `open_artifact` returned.
+        progress: told of the bytes of each block that was checked.
+
+    Raises:
+        ArtifactFormatError: it is damaged, or breaks a rule of the format.
+    """
+    for name in artifact.manifest.tensors:
+        artifact.verify(name, progress)
+    _check_at_least(artifact, "class/count", 1)
+    _check_at_least(artifact, "class/m2", 0)
+    if "sample/scale" in artifact:
+        _check_at_least(artifact, "sample/scale", 0)
+    if "sample/key" in artifact:
+        _check_samples(artifact)
+
+
+def _check_at_least(artifact: Artifact, name: str, least: int) -> None:
+    smallest = artifact[name].min()
+    if smallest < least:
+        raise _broken(artifact, f"{name} has a value of {smallest}, expected at least {least}")
+
+
+def _check_samples(artifact: Artifact) -> None:
+    keys, labels, counts = artifact["sample/key"], artifact["sample/label"], artifact["class/count"]
+    rows_of_class = np.zeros(len(counts), np.int64)
+    for start in range(0, len(labels), _BLOCK_ROWS):
+        block = labels[start : start + _BLOCK_ROWS]
+        if block.min() < 0 or block.max() >= len(counts):
+            raise _broken(
+                artifact, f"sample/label reaches from {block.min()} to {block.max()}, expected 0 to {len(counts) - 1}"
+            )
+        rows_of_class += np.bincount(block, minlength=len(counts))
+    check_sorted(keys, labels, artifact.path.name)
+    if (rows_of_class > counts).any():
+        row = int(np.argmax(rows_of_class > counts))
+        raise _broken(
+            artifact, f"class {row} has {rows_of_class[row]} samples, but class/count says {counts[row]} images"
+        )
+    expected = artifact.manifest.sampling.images_sha256
+    if expected is not None and pairs_sha256(keys, labels) != expected:
+        raise _broken(artifact, "the pairs of sample/key and sample/label are not those of sampling.images_sha256")
+
+
+def _broken(artifact: Artifact, what: str) -> ArtifactFormatError:
+    return ArtifactFormatError(f"{artifact.path.name}: {what}. The file is damaged: extract it again.")
