@@ -429,6 +429,31 @@ def merge(artifacts: Sequence[Path], out: Path, as_json: bool, **options: Any) -
     _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
 
 
+@store.command(epilog=_example("clip-embed-kd store plot cifar100.safetensors --out cifar100.png"))
+@click.argument("artifact", type=_PATH)
+@click.option("--out", required=True, type=_PATH, help="picture to draw: .png or .svg")
+@click.option("--method", type=click.Choice(["tsne", "pca"]), default="tsne", help="how the maps are laid out")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of t-SNE, and of the choice of samples")
+@click.option("--overwrite", is_flag=True, help="replace an existing picture")
+@_json_option
+@_version_option
+def plot(artifact: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Draw which classes the teacher finds alike, and maps of classes and samples."""
+    from pipeline.pictures import plot_artifact
+    from pipeline.progress import log_to_stderr
+
+    log_to_stderr()
+    result = plot_artifact(artifact, out, **options)
+    document = {
+        "picture": str(out),
+        "num_classes": result.num_classes,
+        "num_samples": result.num_samples,
+        "notes": result.notes,
+    }
+    rows = [("picture", str(out)), ("classes", f"{result.num_classes:,}"), ("samples", f"{result.num_samples:,}")]
+    _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
+
+
 @cli.command(epilog=_example("clip-embed-kd demo"))
 @click.option("--out", type=_PATH, default=Path("demo-run"), help="folder for all that it makes")
 @_json_option

@@ -56,7 +56,10 @@ class Artifact:
         self.path = path
         self.manifest = manifest
         self.manifest_sha256 = header.manifest_sha256
-        self._tensors = {name: StoredTensor(path, identity, name, place) for name, place in header.locations.items()}
+        absolute = path.absolute()  # the working directory may change before a tensor is read
+        self._tensors = {
+            name: StoredTensor(absolute, identity, name, place) for name, place in header.locations.items()
+        }
         self._verified: set[str] = set()
         self._pairs: PairIndex | None = None
 

@@ -4,6 +4,7 @@ The temporary file has a fixed name and a lock, so that what a killed writer lef
 next one, and two writers of one file do not mix.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from store.errors import ArtifactWriteError
+
+# Some network file systems have no locks: writers are then trusted not to share a name.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
@@ -35,6 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ArtifactWriteError(f"{path}: another process is writing it.") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
             if not _is_same_file(lock, temporary):  # it was renamed or removed between open and flock
                 raise ArtifactWriteError(f"{path}: another process is writing it.")
             try:

@@ -80,8 +80,10 @@ def _limit(kind: int, value: int) -> None:  # pragma: no cover (in the child)
 def _receive(pipe: int, process: int) -> bytes:
     answer = bytearray()
     deadline = time.monotonic() + _WALL_SECONDS
+    waiting = select.poll()  # select.select refuses the thousandth open file
+    waiting.register(pipe, select.POLLIN)
     try:
-        while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        while waiting.poll(1000 * max(0.0, deadline - time.monotonic())):
             part = os.read(pipe, 1 << 20)
             if not part:
                 break

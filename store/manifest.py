@@ -7,14 +7,14 @@ local path, so that the same extraction gives the same bytes.
 import hashlib
 import json
 import math
-from typing import Any
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from store.errors import ArtifactDigestError, ArtifactFormatError, ArtifactVersionError
 
-FORMAT_NAME = "clip-embed-kd"
-FORMAT_MAJOR = 1
+FORMAT_NAME: Final = "clip-embed-kd"
+FORMAT_MAJOR: Final = 1
 FORMAT_MINOR = 0
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # a million class names fit
 
@@ -30,9 +30,9 @@ class _Record(BaseModel):
 class FormatVersion(_Record):
     """Name and version of the artifact format."""
 
-    name: str = FORMAT_NAME
-    major: int = FORMAT_MAJOR
-    minor: int = FORMAT_MINOR
+    name: Literal["clip-embed-kd"] = FORMAT_NAME
+    major: Literal[1] = FORMAT_MAJOR
+    minor: int = Field(default=FORMAT_MINOR, ge=0)
 
 
 class TeacherInfo(_Record):
