@@ -349,7 +349,7 @@ def verify(artifacts: Sequence[Path], as_json: bool) -> None:
         if not as_json:
             click.echo(_printable(f"{path}: " + ("ok" if document["ok"] else f"FAILED: {document['error']}")))
     if as_json:
-        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
+        click.echo(_json(documents))
     if not all(document["ok"] for document in documents):
         sys.exit(1)
 
@@ -557,11 +557,17 @@ def _memory_rows(memory: Any) -> list[tuple[str, str]]:
 
 def _emit(as_json: bool, document: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(_json(document))
         return
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
         click.echo(_printable(f"{label:<{width}}  {text}"))
+
+
+def _json(document: object) -> str:
+    """Encode as JSON in UTF-8; what cannot be printed, or not be encoded, is escaped in its strings."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    return "".join(part if part.isprintable() or part == "\n" else json.dumps(part)[1:-1] for part in text)
 
 
 def _printable(text: str) -> str:

@@ -25,7 +25,7 @@ from store.errors import (
     ArtifactWriteError,
     StoreError,
 )
-from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_manifest
+from store.manifest import MAX_MANIFEST_BYTES, MAX_MANIFEST_MARKS, Manifest, TensorInfo, count_marks, parse_manifest
 from store.pairs import PairIndex
 from store.stored import Identity, StoredTensor, identity_of
 
@@ -102,7 +102,7 @@ class Artifact:
             ArtifactFormatError: a value is not finite.
         """
         self.verify(name)
-        return self._stored(name).whole()
+        return self.stored(name).whole()
 
     def verify(self, name: str, progress: Progress = ignore) -> None:
         """Check a tensor's digest and that its values are finite, once, in constant memory.
@@ -118,7 +118,7 @@ class Artifact:
         """
         if name in self._verified:
             return
-        blocks = self._stored(name).blocks()
+        blocks = self.stored(name).blocks()
         block = next(blocks, None)
         with ThreadedSha256() as digest:
             while block is not None:
@@ -148,7 +148,7 @@ class Artifact:
             KeyError: the artifact has no such tensor.
             IndexError: a row is negative or beyond the last one.
         """
-        stored = self._stored(name)
+        stored = self.stored(name)
         length = stored.shape[0]
         if len(rows) and (rows.min() < 0 or rows.max() >= length):
             raise IndexError(f"{name} has rows 0 to {length - 1}, asked for {rows.min()} to {rows.max()}")
@@ -172,7 +172,8 @@ class Artifact:
             self._pairs = PairIndex(self["sample/key"], self["sample/label"], self.path.name)
         return self._pairs.find(keys, labels)
 
-    def _stored(self, name: str) -> StoredTensor:
+    def stored(self, name: str) -> StoredTensor:
+        """Return a tensor unverified."""
         if name not in self._tensors:
             raise KeyError(f"{self.path.name} has no tensor {name!r}; it has {sorted(self._tensors)}")
         return self._tensors[name]
@@ -195,12 +196,14 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     backend = backend_of(path)
     try:
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
+            what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
             raise ArtifactNotFoundError(f"{path}: artifact {what}. Make one with `clip-embed-kd extract`.")
         identity = identity_of(path.stat())
         header = backend.read_header(path)
     except PermissionError:
         raise ArtifactNotFoundError(f"{path}: no permission to read the artifact.") from None
+    except OSError as error:
+        raise ArtifactNotFoundError(f"{path}: cannot be read ({error.strerror}).") from None
     manifest = parse_manifest(header.manifest, header.manifest_sha256, path.name)
     layout.check_layout(manifest, path.name)
     _check_agreement(manifest, header.locations, path.name)
@@ -237,7 +240,8 @@ def write_artifact(
     infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
     manifest = manifest.model_copy(update={"tensors": infos})
     layout.check_layout(manifest, path.name)
-    if len(manifest.to_bytes()) > MAX_MANIFEST_BYTES:
+    raw = manifest.to_bytes()
+    if len(raw) > MAX_MANIFEST_BYTES or count_marks(raw) > MAX_MANIFEST_MARKS:
         raise ArtifactWriteError(f"{path}: the manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
     blocks = {
         name: _guarded(data.blocks if isinstance(data, RowBlocks) else row_blocks(data))
@@ -264,9 +268,13 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bo
     """
     path = Path(path)
     backend_of(path)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise ArtifactWriteError(f"{path}: cannot be written ({error.strerror}).") from None
+    if is_folder:
         raise ArtifactWriteError(f"{path}: is a folder. Choose another name.")
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         raise ArtifactWriteError(f"{path}: exists. Choose another file, or pass --overwrite.")
     if gzip and path.suffix == ".safetensors":
         raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")

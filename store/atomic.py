@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if inner := re.search(r"error message = '([^']+)'", reason):  # HDF5 buries the cause in its own trace
             reason = inner.group(1)
         reason = reason.splitlines()[0]

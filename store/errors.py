@@ -11,9 +11,21 @@
 Each message names the file and the tensor, what was found, what was expected and the next step.
 """
 
+_MAX_CHARACTERS = 1000
+
 
 class StoreError(Exception):
     """Anything that goes wrong in the store and that a user can cause."""
+
+    def __init__(self, text: str) -> None:
+        """Hold one line that may be shown: names in it may come from a stranger's file.
+
+        Args:
+            text: what cannot be printed is escaped, and the middle of a very long text is left out.
+        """
+        if len(text) > _MAX_CHARACTERS:
+            text = f"{text[: _MAX_CHARACTERS // 2]} […] {text[-_MAX_CHARACTERS // 2 :]}"
+        super().__init__("".join(part if part.isprintable() else repr(part)[1:-1] for part in text))
 
 
 class ArtifactNotFoundError(StoreError):

@@ -95,13 +95,13 @@ def read_header(path: Path) -> Header:
         raise ArtifactFormatError(
             f"{path.name}: the HDF5 library could not read it: {error}. The file is damaged or hostile: copy it again."
         ) from None
-    line, _, spans = answer.partition(b"\n")
+    line, _, rest = answer.partition(b"\n")
     document = json.loads(line)
     if "permission" in document:
         raise PermissionError
     if "error" in document:
         raise ArtifactFormatError(document["error"])
-    return _decode_header(document, np.frombuffer(spans, "<i8").reshape(-1, 2))
+    return _decode_header(document, rest)
 
 
 def parse(path: Path, file_bytes: int) -> Header:
@@ -161,7 +161,7 @@ def _create(file: h5py.File, name: str, info: TensorInfo, *, compress: bool) -> 
 
 
 def _answer(path: Path, file_bytes: int) -> bytes:
-    """Encode what `parse` says as one line of JSON and the spans of all chunks."""
+    """Encode what `parse` says as one line of JSON, the manifest and the spans of all chunks."""
     try:
         header = parse(path, file_bytes)
     except PermissionError:
@@ -169,7 +169,7 @@ def _answer(path: Path, file_bytes: int) -> bytes:
     except ArtifactFormatError as error:
         return json.dumps({"error": str(error)}).encode() + b"\n"
     document = {
-        "manifest": header.manifest.decode("latin-1"),  # any bytes: they are checked by the parent
+        "manifest_bytes": len(header.manifest),
         "manifest_sha256": header.manifest_sha256,
         "tensors": [
             [name, place.dtype, place.shape, place.offset, _chunk_fields(place.chunks)]
@@ -177,14 +177,16 @@ def _answer(path: Path, file_bytes: int) -> bytes:
         ],
     }
     spans = [place.chunks.spans.tobytes() for place in header.locations.values() if place.chunks]
-    return b"".join([json.dumps(document).encode(), b"\n", *spans])
+    return b"".join([json.dumps(document).encode(), b"\n", header.manifest, *spans])
 
 
 def _chunk_fields(chunks: GzipChunks | None) -> list[int] | None:
     return None if chunks is None else [chunks.rows, len(chunks.spans), chunks.shuffled]
 
 
-def _decode_header(document: dict[str, Any], spans: NDArray[np.int64]) -> Header:
+def _decode_header(document: dict[str, Any], rest: bytes) -> Header:
+    manifest = rest[: document["manifest_bytes"]]
+    spans: NDArray[np.int64] = np.frombuffer(rest[len(manifest) :], "<i8").reshape(-1, 2)
     locations = {}
     for name, dtype, shape, offset, fields in document["tensors"]:
         chunks = None
@@ -193,7 +195,7 @@ def _decode_header(document: dict[str, Any], spans: NDArray[np.int64]) -> Header
             chunks = GzipChunks(rows, spans[:count], shuffled)
             spans = spans[count:]
         locations[name] = Location(dtype, tuple(shape), offset, chunks)
-    return Header(document["manifest"].encode("latin-1"), document["manifest_sha256"], locations)
+    return Header(manifest, document["manifest_sha256"], locations)
 
 
 def _attribute(file: h5py.File, name: str, where: str) -> bytes:
@@ -215,6 +217,7 @@ def _attribute(file: h5py.File, name: str, where: str) -> bytes:
 
 def _locate(file: h5py.File, where: str, file_bytes: int) -> dict[str, Location]:
     locations: dict[str, Location] = {}
+    stored_bytes = 0
     for group_name in file:
         group = _hard_link(file, group_name, where)
         if not isinstance(group, h5py.Group):
@@ -225,7 +228,10 @@ def _locate(file: h5py.File, where: str, file_bytes: int) -> dict[str, Location]
             dataset = _hard_link(group, leaf, where, name)
             if not isinstance(dataset, h5py.Dataset):
                 raise ArtifactFormatError(f"{where}: {name} is not a data set.")
-            locations[name] = _location(dataset, name, where, file_bytes)
+            place = locations[name] = _location(dataset, name, where, file_bytes)
+            stored_bytes += int(place.chunks.spans[:, 1].sum()) if place.chunks else int(dataset.nbytes)
+            if stored_bytes > file_bytes:  # a small file could claim to be any size
+                raise ArtifactFormatError(f"{where}: {name} overlaps other tensors. The file is damaged or hostile.")
     return locations
 
 
@@ -275,7 +281,7 @@ def _gzip_chunks(dataset: h5py.Dataset, info: TensorInfo, name: str, where: str)
 
     dataset.id.chunk_iter(note)
     num_chunks = -(-info.shape[0] // rows)
-    if sorted(found) != list(range(num_chunks)):
+    if len(found) != num_chunks or sorted(found) != list(range(num_chunks)):  # the first: it may be 2**62
         raise ArtifactFormatError(f"{where}: {name} has {len(found)} chunks, {num_chunks} are needed.")
     spans = np.array([found[index] for index in range(num_chunks)], "<i8").reshape(-1, 2)
     return GzipChunks(rows, spans, shuffled=len(filters) > 1)
@@ -284,14 +290,21 @@ def _gzip_chunks(dataset: h5py.Dataset, info: TensorInfo, name: str, where: str)
 def _check_chunks(chunks: GzipChunks, info: TensorInfo, name: str, where: str, file_bytes: int) -> None:
     chunk_bytes = chunks.rows * numpy_dtype(info.dtype).itemsize * math.prod(info.shape[1:])
     offsets, sizes = chunks.spans[:, 0], chunks.spans[:, 1]
+    if len(sizes) and sizes.max() > 2 * _MAX_CHUNK_BYTES:
+        raise ArtifactFormatError(
+            f"{where}: {name} has a chunk of {sizes.max()} bytes, at most {2 * _MAX_CHUNK_BYTES} are read."
+        )
     if chunk_bytes > _MAX_CHUNK_BYTES:
         raise ArtifactFormatError(
             f"{where}: {name} has chunks of {chunk_bytes} bytes, at most {_MAX_CHUNK_BYTES} are read."
         )
-    if len(sizes) and (min(offsets.min(), sizes.min()) < 0 or (offsets + sizes).max() > file_bytes):
+    if len(sizes) and (min(offsets.min(), sizes.min()) < 0 or (sizes > file_bytes - offsets).any()):
         raise ArtifactFormatError(
             f"{where}: {name} ends beyond the end of the file ({file_bytes} bytes). It is cut off: copy it again."
         )
+    order = np.argsort(offsets)
+    if (offsets[order][1:] < (offsets + sizes)[order][:-1]).any():  # a small file could claim any size
+        raise ArtifactFormatError(f"{where}: {name} has chunks that overlap. The file is damaged or hostile.")
     plain_bytes, stored_bytes = chunk_bytes * len(sizes), int(sizes.sum())
     if plain_bytes > _ANY_RATIO_BYTES and plain_bytes > _MAX_RATIO * stored_bytes:
         raise ArtifactFormatError(

@@ -4,17 +4,18 @@ The child is a fork: it costs milliseconds, where a fresh interpreter costs 0.2 
 of memory and of processor time, and answers with bytes, which the parent checks like any other input.
 """
 
+import faulthandler
+import fcntl
 import os
 import resource
 import select
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-_MEMORY_BYTES = 128 * 1024 * 1024  # beyond what the process has mapped already
+_MEMORY_BYTES = 256 * 1024 * 1024  # beyond what the process has mapped already; six copies of a manifest
 _WALL_SECONDS = 60.0  # a slow disk is no crime
 _LENGTH_BYTES = 8
 
@@ -39,24 +40,26 @@ def run_isolated(function: Callable[[], bytes], cpu_seconds: float) -> bytes:
     """
     read_end, write_end = os.pipe()
     try:
-        with warnings.catch_warnings():
-            # Python 3.12 warns of threads. The child runs the parser alone, and h5py holds its lock across a fork.
-            warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            # Python 3.12 may warn of threads. The child runs the parser alone, and h5py holds its lock across a fork.
             process = os.fork()
-        if process == 0:
-            _run_child(function, write_end, cpu_seconds)
+            if process == 0:  # pragma: no cover (in the child)
+                _run_child(function, write_end, cpu_seconds)
+        finally:
+            os.close(write_end)
+        return _receive(read_end, process)
     finally:
-        os.close(write_end)
-    with os.fdopen(read_end, "rb", buffering=0) as pipe:
-        return _receive(pipe.fileno(), process)
+        os.close(read_end)
 
 
 def _run_child(function: Callable[[], bytes], write_end: int, cpu_seconds: float) -> NoReturn:  # pragma: no cover
     # Coverage does not follow a process that ends with _exit; tests see what this does from outside.
     try:
+        write_end = fcntl.fcntl(write_end, fcntl.F_DUPFD, 3)  # in a process without standard streams it is one of them
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
-        os.dup2(silence, 2)  # HDF5 and Python's fault handler would print what they died of
+        os.dup2(silence, 2)  # HDF5 would print what it died of
+        faulthandler.disable()  # so would Python's fault handler, into a file of its own
         _limit(resource.RLIMIT_CORE, 0)
         status = Path("/proc/self/statm")
         if status.exists():
@@ -88,6 +91,8 @@ def _receive(pipe: int, process: int) -> bytes:
             if not part:
                 break
             answer += part
+            if _is_whole(answer):  # another child of this process may hold the pipe open
+                break
         else:
             raise ChildError(f"no answer within {_WALL_SECONDS:.0f} s")
     except BaseException:
@@ -95,9 +100,14 @@ def _receive(pipe: int, process: int) -> bytes:
         raise
     finally:
         status = os.waitpid(process, 0)[1]
-    if len(answer) < _LENGTH_BYTES or len(answer) - _LENGTH_BYTES != int.from_bytes(answer[:_LENGTH_BYTES], "little"):
+    if not _is_whole(answer):
         raise ChildError(_cause(status))
     return bytes(answer[_LENGTH_BYTES:])
+
+
+def _is_whole(answer: bytearray) -> bool:
+    length = int.from_bytes(answer[:_LENGTH_BYTES], "little")
+    return len(answer) >= _LENGTH_BYTES and len(answer) - _LENGTH_BYTES == length
 
 
 def _cause(status: int) -> str:
@@ -106,4 +116,5 @@ def _cause(status: int) -> str:
     number = os.WTERMSIG(status)
     if number == signal.SIGPROF:
         return "it took too much processor time"
-    return f"it crashed with {signal.Signals(number).name}"
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"it crashed with {name}"

@@ -42,6 +42,9 @@ GROUPS = (
     frozenset({"sample/key", "sample/label", "sample/embedding"}),
 )
 
+MAX_AXES = 32  # HDF5 has no more
+_MAX_ROW_BYTES = 16 * 1024 * 1024  # a row is what has to fit in memory
+
 # Tensors that HDF5 may hold as gzip chunks: the others are small, or read whole.
 COMPRESSIBLE = frozenset({"sample/embedding"})
 
@@ -100,6 +103,8 @@ def check_layout(manifest: Manifest, where: str) -> None:
         sizes["S"] = tensors["sample/key"].shape[0]
     for name, info in tensors.items():
         check_name(name, where)
+        if len(info.shape) > MAX_AXES:
+            raise ArtifactFormatError(f"{where}: {name} has {len(info.shape)} axes, at most {MAX_AXES} are read.")
         rule = RULES.get(name)
         if rule is None:
             if info.dtype not in _LITTLE_ENDIAN or not info.shape or min(info.shape) < 1:
@@ -107,6 +112,7 @@ def check_layout(manifest: Manifest, where: str) -> None:
                     f"{where}: {name} is {info.dtype!r} {list(info.shape)}, expected one of "
                     f"{', '.join(_LITTLE_ENDIAN)} with at least one axis, none of them empty."
                 )
+            _check_row(name, info, where)
             continue
         if info.dtype not in rule.dtypes:
             raise ArtifactFormatError(f"{where}: {name} is {info.dtype}, expected {' or '.join(rule.dtypes)}.")
@@ -117,6 +123,7 @@ def check_layout(manifest: Manifest, where: str) -> None:
                 f"({' × '.join(str(axis) for axis in rule.axes)}: {len(manifest.classes)} classes, "
                 f"embed_dim {manifest.teacher.embed_dim}). The file is damaged: extract it again."
             )
+        _check_row(name, info, where)
 
 
 def check_name(name: str, where: str) -> None:
@@ -151,6 +158,12 @@ def check_finite(name: str, block: NDArray[np.generic], where: str) -> None:
     exponent = np.array(np.inf, block.dtype.newbyteorder("=")).view(f"u{block.dtype.itemsize}")[()]
     if (bits & exponent).max() == exponent:
         raise ArtifactFormatError(f"{where}: {name} has values that are not finite (NaN or infinity).")
+
+
+def _check_row(name: str, info: TensorInfo, where: str) -> None:
+    row_bytes = num_bytes(info) // info.shape[0]
+    if row_bytes > _MAX_ROW_BYTES:
+        raise ArtifactFormatError(f"{where}: {name} has rows of {row_bytes} bytes, at most {_MAX_ROW_BYTES} are read.")
 
 
 def _missing(tensors: Mapping[str, TensorInfo]) -> set[str]:

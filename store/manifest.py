@@ -17,6 +17,10 @@ FORMAT_NAME: Final = "clip-embed-kd"
 FORMAT_MAJOR: Final = 1
 FORMAT_MINOR = 0
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # a million class names fit
+# Commas, colons and opening brackets, wherever they stand. Python's objects take 30 times the bytes of tiny JSON.
+_MAX_JSON_MARKS, MAX_MANIFEST_MARKS = 2**21, 2_000_000  # the header of a .safetensors file has a few more
+_MAX_LEVELS = 64  # Python's own limit depends on who calls
+_MAX_MEMBERS = 1000  # of `tensors` and `software`: there are about ten of each
 
 Sha256 = str
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -105,7 +109,7 @@ class TensorInfo(_Record):
     """Type, shape and digest of one tensor."""
 
     dtype: str
-    shape: tuple[int, ...] = Field(strict=False)
+    shape: tuple[int, ...] = Field(strict=False, fail_fast=True)
     sha256: Sha256 = Field(default="0" * 64, pattern=_SHA256, description="of the little-endian bytes")
 
 
@@ -119,9 +123,12 @@ class Manifest(_Record):
     sampling: SamplingInfo
     head: HeadInfo | None = Field(default=None, description="absent where there is no head")
     sources: tuple[SourceInfo, ...] = Field(
-        default=(), strict=False, description="absent where the artifact was extracted; else what it was made from"
+        default=(),
+        strict=False,
+        fail_fast=True,
+        description="absent where the artifact was extracted; else what it was made from",
     )
-    classes: tuple[str, ...] = Field(strict=False, min_length=1, description="class names in row order")
+    classes: tuple[str, ...] = Field(strict=False, min_length=1, fail_fast=True, description="class names in row order")
     tensors: dict[str, TensorInfo] = Field(default_factory=dict)
     software: dict[str, str] = Field(default_factory=dict, description="versions that made the artifact")
 
@@ -177,6 +184,7 @@ def parse_manifest(raw: bytes, sha256: str, where: str) -> Manifest:
         )
     document = parse_json(raw, where)
     _check_version(document, where)
+    _check_members(document, where)
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
@@ -192,6 +200,11 @@ def parse_manifest(raw: bytes, sha256: str, where: str) -> Manifest:
     return manifest
 
 
+def count_marks(raw: bytes) -> int:
+    """Count what JSON has more of the more values it holds; names may have them too."""
+    return sum(map(raw.count, (b",", b":", b"[", b"{")))
+
+
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     """Decode one JSON object, refusing what strict JSON does not have.
 
@@ -203,8 +216,12 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         The object.
 
     Raises:
-        ArtifactFormatError: not UTF-8, not JSON, nested too deeply, a key twice, or not an object.
+        ArtifactFormatError: not UTF-8, not JSON, nested too deeply, too many values, a key twice, or not an object.
     """
+    if (marks := count_marks(raw)) > _MAX_JSON_MARKS:
+        raise ArtifactFormatError(
+            f"{where}: header has {marks} commas, colons and brackets, at most {_MAX_JSON_MARKS} are read."
+        )
     try:
         document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
@@ -215,6 +232,8 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(document, dict):
         raise ArtifactFormatError(f"{where}: header is a JSON {type(document).__name__}, expected an object.")
+    if _is_deep(document):
+        raise ArtifactFormatError(f"{where}: header is nested more than {_MAX_LEVELS} levels deep. Not an artifact.")
     return document
 
 
@@ -224,11 +243,28 @@ def _check_version(document: dict[str, Any], where: str) -> None:
     if name != FORMAT_NAME:
         raise ArtifactVersionError(f"{where}: manifest format is {name!r}, expected {FORMAT_NAME!r}.")
     major = version.get("major") if isinstance(version, dict) else None
-    if major != FORMAT_MAJOR:
+    if major != FORMAT_MAJOR or type(major) is not int:  # true and 1.0 are equal to 1
         raise ArtifactVersionError(
             f"{where}: artifact format {major}, this program reads format {FORMAT_MAJOR}. "
             "Update clip-embed-kd, or extract again."
         )
+
+
+def _is_deep(document: dict[str, Any]) -> bool:
+    level: list[Any] = [document]
+    for _ in range(_MAX_LEVELS):
+        members = (member for outer in level for member in (outer.values() if isinstance(outer, dict) else outer))
+        level = [member for member in members if isinstance(member, (dict, list))]
+    return bool(level)
+
+
+def _check_members(document: dict[str, Any], where: str) -> None:
+    for name in ("tensors", "software"):  # before each of them gets an error of its own
+        members = document.get(name)
+        if isinstance(members, dict) and len(members) > _MAX_MEMBERS:
+            raise ArtifactFormatError(
+                f"{where}: manifest field {name} has {len(members)} members, at most {_MAX_MEMBERS} are read."
+            )
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The sorted (sample key, label) pairs of an artifact, and the search among them."""
 
 import hashlib
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,16 @@ from store.errors import ArtifactFormatError
 
 _BLOCK_ROWS = 65536
 Pairs = tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.integer]]  # halves of the key, label
+
+
+class Rows(Protocol):
+    """An array, or what reads slices of one from a file."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """Return some rows."""
 
 
 class PairIndex:
@@ -71,7 +82,7 @@ class PairIndex:
         return equal
 
 
-def check_sorted(keys: NDArray[np.uint8], labels: NDArray[np.integer], where: str) -> None:
+def check_sorted(keys: Rows, labels: Rows, where: str) -> None:
     """Check that pairs are sorted by key, then label, and that none stands twice, in constant memory.
 
     Args:
@@ -113,7 +124,7 @@ def sort_pairs(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> tuple[ND
     return order, fresh
 
 
-def pairs_sha256(keys: NDArray[np.uint8], labels: NDArray[np.integer]) -> str:
+def pairs_sha256(keys: Rows, labels: Rows) -> str:
     """Hash sorted unique pairs: 16 bytes of key and the label as int32, little-endian, for each."""
     digest = hashlib.sha256()
     for start in range(0, len(keys), _BLOCK_ROWS):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from store.container import Blocks, Header, Location, write_blocks
 from store.errors import ArtifactFormatError
-from store.layout import check_name, num_bytes, numpy_dtype
+from store.layout import MAX_AXES, check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_json
 
 _DTYPE_CODES = {
@@ -166,6 +166,8 @@ def _parse_entry(name: str, entry: Any, where: str) -> tuple[TensorInfo, int, in
 
 
 def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_AXES
+        and all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values)
     )

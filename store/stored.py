@@ -4,6 +4,7 @@ A contiguous tensor is gathered through a memory map. Gzip chunks are inflated h
 HDF5 object goes into worker processes, and no chunk inflates to more than the format says.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -79,9 +80,10 @@ class StoredTensor:
         chunks = self.location.chunks
         if chunks is None:
             return np.asarray(self._mapped()[rows])
+        rows = np.asarray(rows, np.int64)  # small types cannot count the rows of a chunk
         gathered = np.empty((len(rows), *self.shape[1:]), self.dtype)
         order = np.argsort(rows, kind="stable")
-        chunk_of = np.asarray(rows)[order] // chunks.rows
+        chunk_of = rows[order] // chunks.rows
         starts = np.flatnonzero(np.diff(chunk_of, prepend=-1))
         with self._open() as file:
             for places in np.split(order, starts[1:]) if len(order) else ():
@@ -112,10 +114,21 @@ class StoredTensor:
                 _fill(file, block, f"{self.path.name}: {self.name}")
                 yield block
 
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Read consecutive rows of a tensor that is not compressed, not mapped: see `blocks`."""
+        rows = np.empty((max(0, min(stop, self.shape[0]) - start), *self.shape[1:]), self.dtype)
+        with self._open() as file:
+            file.seek(self.location.offset + start * self.dtype.itemsize * math.prod(self.shape[1:]))
+            _fill(file, rows, f"{self.path.name}: {self.name}")
+        return rows
+
     def _mapped(self) -> NDArray[Any]:
         if self._map is None:
             with self._open() as file:
-                self._map = np.memmap(file, self.dtype, "r", self.location.offset, self.shape)
+                try:
+                    self._map = np.memmap(file, self.dtype, "r", self.location.offset, self.shape)
+                except (OSError, ValueError) as error:
+                    raise ArtifactFormatError(f"{self.path.name}: {self.name} cannot be mapped ({error}).") from None
         return self._map
 
     def _open(self) -> FileIO:
@@ -156,7 +169,10 @@ class StoredTensor:
 def _fill(file: FileIO, buffer: NDArray[Any], where: str) -> None:
     view = buffer.reshape(-1).view(np.uint8).data
     while len(view):
-        count = file.readinto(view)
+        try:
+            count = file.readinto(view)
+        except OSError as error:
+            raise ArtifactNotFoundError(f"{where} cannot be read ({error.strerror}).") from None
         if not count:
             raise ArtifactFormatError(f"{where} ends early: the file was cut off while it was read. Copy it again.")
         view = view[count:]

@@ -1,8 +1,10 @@
 """Check every byte of an artifact, and everything that its numbers must obey."""
 
 import os
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from store.artifact import Artifact, open_artifact
 from store.container import Progress, ignore
@@ -50,14 +52,28 @@ def verify_open(artifact: Artifact, progress: Progress = ignore) -> None:
         _check_samples(artifact)
 
 
+class _Rows:
+    """Slices of a tensor, read from the file: were it cut off meanwhile, a memory map would kill the process."""
+
+    def __init__(self, artifact: Artifact, name: str) -> None:
+        self._stored = artifact.stored(name)
+
+    def __len__(self) -> int:
+        return self._stored.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return self._stored.read(rows.start, rows.stop)
+
+
 def _check_at_least(artifact: Artifact, name: str, least: int) -> None:
-    smallest = artifact[name].min()
+    smallest = min(block.min() for block in artifact.stored(name).blocks())
     if smallest < least:
         raise _broken(artifact, f"{name} has a value of {smallest}, expected at least {least}")
 
 
 def _check_samples(artifact: Artifact) -> None:
-    keys, labels, counts = artifact["sample/key"], artifact["sample/label"], artifact["class/count"]
+    keys, labels = _Rows(artifact, "sample/key"), _Rows(artifact, "sample/label")
+    counts = artifact.stored("class/count").read(0, len(artifact.manifest.classes))
     rows_of_class = np.zeros(len(counts), np.int64)
     for start in range(0, len(labels), _BLOCK_ROWS):
         block = labels[start : start + _BLOCK_ROWS]

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 import store
+from store import hdf5_backend
 
 Tensors = dict[str, NDArray[Any]]
 
 SUFFIXES = (".safetensors", ".h5")
+STORAGES = ((".safetensors", False), (".h5", False), (".h5", True))  # suffix, gzip
 GOLDEN = Path(__file__).parent / "golden"
 # Files are written and synced: neither an example nor the search for one has a time limit.
 SEARCH = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -98,6 +101,13 @@ def int8_tensors() -> Tensors:
     return {**class_tensors(), **sample_tensors(), "sample/embedding": steps, "sample/scale": scales}
 
 
+def samples_of(embedding: NDArray[Any]) -> Tensors:
+    """Build samples with these embeddings [S, V, D]: distinct keys in order, labels 0."""
+    keys = np.zeros((len(embedding), 16), np.uint8)
+    keys[:, :4] = np.arange(len(embedding), dtype=">u4").view(np.uint8).reshape(-1, 4)
+    return {"sample/key": keys, "sample/label": np.zeros(len(embedding), np.int32), "sample/embedding": embedding}
+
+
 def golden_manifest() -> store.Manifest:
     """Build the manifest of the golden files: their samples are all images that were embedded."""
     pairs = sample_tensors()
@@ -141,6 +151,26 @@ def save_foreign(
             file[name] = array
 
 
+def save_gzip(path: Path, embedding: NDArray[Any], chunk_rows: int, **options: Any) -> None:
+    """Write an artifact with h5py, its sample embeddings in gzip chunks; `options` are those of `create_dataset`."""
+    _, views, embed_dim = embedding.shape
+    classes, samples = class_tensors(embed_dim=embed_dim), samples_of(embedding)
+    document = document_of(classes | samples)
+    document["teacher"]["embed_dim"], document["sampling"]["views"] = embed_dim, views
+    save_foreign(path, document, classes)
+    options = {"chunks": (chunk_rows, views, embed_dim), "compression": "gzip", "shuffle": True, **options}
+    with h5py.File(path, "r+") as file:
+        for name, array in samples.items():
+            file.create_dataset(name, data=array, **(options if name == "sample/embedding" else {}))
+
+
+def replace_chunk(path: Path, index: int, data: bytes, filter_mask: int = 0) -> None:
+    """Put other compressed bytes in the place of a chunk of `sample/embedding`."""
+    with h5py.File(path, "r+") as file:
+        dataset = file["sample/embedding"]
+        dataset.id.write_direct_chunk((index * dataset.chunks[0], 0, 0), data, filter_mask)
+
+
 def read_all(path: Path) -> Tensors:
     """Open an artifact and read every tensor, digests checked."""
     with store.open_artifact(path) as artifact:
@@ -152,6 +182,16 @@ def refusal(path: Path, kind: type[store.StoreError] = store.ArtifactFormatError
     with pytest.raises(store.StoreError) as caught:
         read_all(path)
     assert type(caught.value) is kind
+    return str(caught.value)
+
+
+def header_refusal(path: Path) -> str:
+    """Return the message with which an HDF5 header is refused, in this process and from the child."""
+    with pytest.raises(store.ArtifactFormatError) as caught:
+        hdf5_backend.parse(path, path.stat().st_size)
+    assert type(caught.value) is store.ArtifactFormatError
+    with pytest.raises(store.ArtifactFormatError, match=f"^{re.escape(str(caught.value))}$"):
+        hdf5_backend.read_header(path)
     return str(caught.value)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import store
@@ -80,7 +80,7 @@ PAIRS = st.tuples(
 )
 
 
-@SEARCH
+@settings(SEARCH, max_examples=15)
 @given(stored=st.lists(PAIRS, min_size=1, unique=True), queries=st.lists(PAIRS))
 def test_finding_agrees_with_a_dictionary(stored: list[tuple[bytes, int]], queries: list[tuple[bytes, int]]) -> None:
     rows = {pair: row for row, pair in enumerate(sorted(stored))}

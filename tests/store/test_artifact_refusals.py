@@ -34,6 +34,16 @@ def test_a_folder_is_not_an_artifact(path: Path) -> None:
     )
 
 
+def test_a_name_that_the_file_system_refuses_is_not_found(path: Path) -> None:
+    path = path.with_name("x" * 300 + path.suffix)
+    assert refusal(path, store.ArtifactNotFoundError) == f"{path}: cannot be read (File name too long)."
+
+
+def test_a_file_that_vanishes_while_it_is_opened_is_not_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    assert refusal(path, store.ArtifactNotFoundError) == f"{path}: cannot be read (No such file or directory)."
+
+
 @pytest.mark.parametrize("name", ["artifact.pt", "artifact", "artifact.h5.gz", "artifact.H5"])
 def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -1,18 +1,18 @@
-import fcntl
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import store
-from store.artifact import backend_of
 from tests.store.examples import (
     assert_same_bits,
     class_tensors,
@@ -221,31 +221,69 @@ def test_writing_streams_in_constant_memory(path: Path) -> None:
     assert peak_bytes < 4 * 1024 * 1024
 
 
-@pytest.mark.parametrize("newcomer", [False, True])
-def test_a_lock_that_came_too_late_is_no_lock(path: Path, newcomer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_lock = fcntl.flock
-
-    def late(file: BinaryIO, operation: int) -> None:
-        (temporary,) = path.parent.iterdir()
-        temporary.unlink()
-        if newcomer:
-            temporary.write_bytes(b"of another writer")
-        take_lock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    assert write_refusal(path, class_tensors()) == f"{path}: another process is writing it."
-
-
 def test_a_manifest_that_no_reader_would_take_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("store.artifact.MAX_MANIFEST_BYTES", 100)
     assert write_refusal(path, class_tensors()) == f"{path}: the manifest is larger than 100 bytes."
     assert file_names(path.parent) == []
 
 
-def test_the_cause_is_taken_out_of_what_hdf5_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("flush failed (file write failed: errno = 28, error message = 'No space left on device')")
+def test_progress_is_told_of_each_block_when_the_next_one_is_asked_for(path: Path) -> None:
+    reported: list[int] = []
 
-    monkeypatch.setattr(f"store.{backend_of(path).__name__.split('.')[1]}.write", fail)
-    assert write_refusal(path, class_tensors()) == f"{path}: cannot be written (No space left on device)."
+    def blocks() -> Iterator[NDArray[Any]]:
+        for row in range(3):
+            assert reported == [16] * row
+            yield ROWS[row : row + 1]
+
+    rows = store.RowBlocks((3, 4), "float32", blocks())
+    reporting = rows.reporting(reported.append)
+    assert (reporting.shape, reporting.dtype) == (rows.shape, rows.dtype)
+    store.write_artifact(path, make_manifest(), class_tensors() | {"class/mean": reporting})
+    assert reported == [16, 16, 16]
+    assert_same_bits(read_all(path), class_tensors())
+
+
+def test_an_endless_source_is_stopped(path: Path) -> None:
+    assert write_refusal(path, streamed(itertools.repeat(ROWS))) == ("class/mean: 6 rows were given, 3 were announced.")
     assert file_names(path.parent) == []
+
+
+def test_a_destination_is_checked_before_there_is_anything_to_write(path: Path) -> None:
+    store.check_destination(str(path), overwrite=False)
+    path.touch()
+    store.check_destination(path, overwrite=True)
+    assert destination_refusal(path) == f"{path}: exists. Choose another file, or pass --overwrite."
+    path.unlink()
+    path.mkdir()
+    assert destination_refusal(path, overwrite=True) == f"{path}: is a folder. Choose another name."
+
+
+def test_a_safetensors_file_is_never_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "artifact.safetensors"
+    expected = f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5."
+    assert destination_refusal(path, gzip=True) == expected
+    with pytest.raises(store.ArtifactWriteError, match=f"^{re.escape(expected)}$"):
+        store.write_artifact(path, make_manifest(), class_tensors(), gzip=True)
+    for suffix in (".h5", ".hdf5"):
+        store.check_destination(path.with_suffix(suffix), overwrite=False, gzip=True)
+
+
+def test_a_name_that_the_file_system_refuses_is_reported(path: Path) -> None:
+    path = path.with_name("x" * 300 + path.suffix)
+    expected = f"{path}: cannot be written (File name too long)."
+    assert destination_refusal(path) == expected
+    assert write_refusal(path, class_tensors()) == expected
+
+
+def test_a_closed_folder_is_reported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", deny)
+    assert destination_refusal(path) == f"{path}: cannot be written (Permission denied)."
+
+
+def destination_refusal(path: Path, *, overwrite: bool = False, gzip: bool = False) -> str:
+    with pytest.raises(store.ArtifactWriteError) as caught:
+        store.check_destination(path, overwrite=overwrite, gzip=gzip)
+    return str(caught.value)

@@ -6,11 +6,12 @@ import pytest
 
 import store
 from store.layout import RULES, check_finite, check_layout, num_bytes, numpy_dtype
-from tests.store.examples import all_tensors, make_manifest
+from tests.store.examples import Tensors, all_tensors, int8_tensors, make_manifest
 
 
-def infos() -> dict[str, store.TensorInfo]:
-    return {name: store.TensorInfo(dtype=array.dtype.name, shape=array.shape) for name, array in all_tensors().items()}
+def infos(tensors: Tensors | None = None) -> dict[str, store.TensorInfo]:
+    tensors = all_tensors() if tensors is None else tensors
+    return {name: store.TensorInfo(dtype=array.dtype.name, shape=array.shape) for name, array in tensors.items()}
 
 
 def refusal(tensors: dict[str, store.TensorInfo], **fields: Any) -> str:
@@ -20,20 +21,19 @@ def refusal(tensors: dict[str, store.TensorInfo], **fields: Any) -> str:
 
 
 def test_every_tensor_of_the_format_has_an_example_that_is_accepted() -> None:
-    assert set(infos()) == set(RULES)
+    assert set(infos()) | set(infos(int8_tensors())) == set(RULES)
     check_layout(make_manifest(tensors=infos()), "file")
+    check_layout(make_manifest(tensors=infos(int8_tensors())), "file")
 
 
-@pytest.mark.parametrize(
-    "dropped", [("sample/",), ("head/",), ("class/text",), ("sample/scale",), ("head/", "sample/")]
-)
+@pytest.mark.parametrize("dropped", [("sample/",), ("head/",), ("class/text",), ("head/", "sample/")])
 def test_optional_tensors_may_be_missing(dropped: tuple[str, ...]) -> None:
     tensors = {name: info for name, info in infos().items() if not name.startswith(dropped)}
     check_layout(make_manifest(tensors=tensors), "file")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
-def test_sample_embeddings_may_have_each_dtype_of_the_format(dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sample_embeddings_may_be_of_both_float_types(dtype: str) -> None:
     tensors = infos() | {"sample/embedding": store.TensorInfo(dtype=dtype, shape=(5, 2, 4))}
     check_layout(make_manifest(tensors=tensors), "file")
 
@@ -62,7 +62,7 @@ def test_the_first_missing_tensor_in_order_of_names_is_reported() -> None:
 
 
 def test_int8_embeddings_without_scale_are_refused() -> None:
-    tensors = infos() | {"sample/embedding": store.TensorInfo(dtype="int8", shape=(5, 2, 4))}
+    tensors = infos(int8_tensors())
     del tensors["sample/scale"]
     assert refusal(tensors) == "file: sample/scale is missing. Extract the artifact again."
 
@@ -83,7 +83,7 @@ def test_int8_embeddings_without_scale_are_refused() -> None:
     ],
 )
 def test_another_dtype_is_refused(name: str, expected: str) -> None:
-    tensors = infos()
+    tensors = infos(int8_tensors() if name == "sample/scale" else None)
     tensors[name] = store.TensorInfo(dtype="float64", shape=tensors[name].shape)
     assert refusal(tensors) == f"file: {name} is float64, expected {expected}."
 
@@ -106,7 +106,7 @@ def test_another_dtype_is_refused(name: str, expected: str) -> None:
     ],
 )
 def test_another_shape_is_refused(name: str, shape: tuple[int, ...], expected: str) -> None:
-    tensors = infos()
+    tensors = infos(int8_tensors() if name == "sample/scale" else None)
     tensors[name] = store.TensorInfo(dtype=tensors[name].dtype, shape=shape)
     assert refusal(tensors) == (
         f"file: {name} has shape {list(shape)}, expected {expected}: 3 classes, embed_dim 4). "
@@ -127,10 +127,15 @@ def test_sample_keys_without_rows_are_refused(shape: tuple[int, ...]) -> None:
     assert refusal(tensors).startswith(f"file: sample/key has shape {list(shape)}, expected ")
 
 
-def test_a_scale_without_samples_is_refused() -> None:
-    tensors = {name: info for name, info in infos().items() if name not in {"sample/key", "sample/label"}}
-    del tensors["sample/embedding"]
-    assert refusal(tensors).startswith("file: sample/scale has shape [5, 2], expected ")
+@pytest.mark.parametrize("dtype", ["float32", "float16", None])
+def test_a_scale_without_int8_samples_is_refused(dtype: str | None) -> None:
+    tensors = infos(int8_tensors())
+    if dtype is None:
+        tensors = {name: info for name, info in tensors.items() if name.startswith("class/")}
+        tensors["sample/scale"] = store.TensorInfo(dtype="float32", shape=(5, 2))
+    else:
+        tensors["sample/embedding"] = store.TensorInfo(dtype=dtype, shape=(5, 2, 4))
+    assert refusal(tensors) == "file: sample/scale stands without int8 samples. Extract the artifact again."
 
 
 def test_tensors_that_the_format_does_not_name_are_left_alone() -> None:

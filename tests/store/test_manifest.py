@@ -16,7 +16,7 @@ CANONICAL = (
     '{"classes":["a","é"],"data_set":{"classes_named":true,"config":null,"image_column":"image",'
     '"label_column":"label","licence":null,"name":"owner/images","revision":null,"rows":10,"split":"train"},'
     '"format":{"major":1,"minor":0,"name":"clip-embed-kd"},"preprocessing":{"a":[1,0.5],"b":2},'
-    '"sampling":{"batch_size":4,"images_sha256":"' + "b" * 64 + '","limit":null,"per_class":null,"seed":0,'
+    '"sampling":{"batch_size":4,"images_sha256":null,"limit":null,"per_class":null,"seed":0,'
     '"short_classes":0,"skipped_images":0,"view_size":null,"views":1,"views_version":null},'
     '"software":{"clip-embed-kd":"0.1.0"},"teacher":{"architecture":"vit","embed_dim":3,"licence":null,'
     '"name":"owner/teacher","pooling":"cls","precision":"float32","revision":null,"weights_sha256":"'
@@ -49,6 +49,19 @@ def test_bytes_are_sorted_compact_utf8_json() -> None:
         tensors={"class/mean": store.TensorInfo(dtype="float32", shape=(2, 3))},
     )
     assert manifest.to_bytes() == CANONICAL.encode()
+
+
+def test_head_and_sources_stand_in_the_bytes_only_where_there_are_any() -> None:
+    plain = make_manifest()
+    head = store.HeadInfo(penalty=1.0, loo_error=0.5, loo_accuracy=0.25)
+    source = store.SourceInfo(manifest_sha256="c" * 64, data_set=plain.data_set, sampling=plain.sampling)
+    manifest = make_manifest(head=head, sources=(source,))
+    document = json.loads(manifest.to_bytes())
+    assert document.pop("head") == {"penalty": 1.0, "loo_error": 0.5, "loo_accuracy": 0.25}
+    (found,) = document.pop("sources")
+    assert found == {"manifest_sha256": "c" * 64, "data_set": document["data_set"], "sampling": document["sampling"]}
+    assert document == json.loads(plain.to_bytes())
+    assert parse_manifest(manifest.to_bytes(), manifest.sha256(), "file") == manifest
 
 
 def test_sha256_is_that_of_the_bytes() -> None:
@@ -127,7 +140,8 @@ def test_another_major_version_is_refused(major: object) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "problem"),
     [
-        ("format.major", True, "Input should be a valid integer"),
+        ("format.minor", True, "Input should be a valid integer"),
+        ("format.minor", -1, "Input should be greater than or equal to 0"),
         ("teacher.embed_dim", 0, "Input should be greater than or equal to 1"),
         ("teacher.embed_dim", 4.0, "Input should be a valid integer"),
         ("teacher.weights_sha256", "A" * 64, "String should match pattern '^[0-9a-f]{64}$'"),
@@ -136,6 +150,9 @@ def test_another_major_version_is_refused(major: object) -> None:
         ("data_set.classes_named", 1, "Input should be a valid boolean"),
         ("sampling.seed", -1, "Input should be greater than or equal to 0"),
         ("sampling.views", 0, "Input should be greater than or equal to 1"),
+        ("sampling.images_sha256", "x", "String should match pattern '^[0-9a-f]{64}$'"),
+        ("head", 1, "Input should be a valid dictionary or instance of HeadInfo"),
+        ("sources", {}, "Input should be a valid tuple"),
         ("classes", [], "Tuple should have at least 1 item after validation, not 0"),
         ("classes", ["x", "a", "a"], "Value error, class name 'a' stands twice"),
         ("classes", "abc", "Input should be a valid tuple"),

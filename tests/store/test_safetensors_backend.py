@@ -69,7 +69,6 @@ def test_the_data_begin_at_a_multiple_of_eight_and_the_widest_tensors_come_first
         "head/bias",
         "head/weight",
         "sample/label",
-        "sample/scale",
         "sample/embedding",
         "sample/key",
     ]

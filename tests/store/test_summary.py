@@ -20,7 +20,7 @@ def test_a_summary_names_everything_in_the_artifact(tmp_path: Path) -> None:
         ("data set", "owner/images, split train, 10 rows"),
         ("columns", "image, label"),
         ("sampling", "all images a class, seed 0, 2 view(s)"),
-        ("images", "1 to 3 in a class"),
+        ("images", "4 to 6 in a class"),
         ("classes", "3: class 0, class 1, class 2"),
         *((name, f"{array.dtype.name} {list(array.shape)}") for name, array in sorted(all_tensors().items())),
     ]
