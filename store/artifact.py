@@ -273,9 +273,9 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bo
     except OSError as error:
         raise ArtifactWriteError(f"{path}: cannot be written ({error.strerror}).") from None
     if is_folder:
-        raise ArtifactWriteError(f"{path}: is a folder. Choose another name.")
+        raise ArtifactWriteError(f"{path}: is a folder. Choose another --out.")
     if exists and not overwrite:
-        raise ArtifactWriteError(f"{path}: exists. Choose another file, or pass --overwrite.")
+        raise ArtifactWriteError(f"{path}: exists. Choose another --out, or pass --overwrite.")
     if gzip and path.suffix == ".safetensors":
         raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")
 

@@ -87,7 +87,7 @@ def test_tensors_that_are_not_of_the_format_are_refused_before_a_row_is_read(pat
 
 def test_an_existing_file_is_kept_unless_overwritten(path: Path) -> None:
     path.write_bytes(b"old")
-    assert write_refusal(path, class_tensors()) == (f"{path}: exists. Choose another file, or pass --overwrite.")
+    assert write_refusal(path, class_tensors()) == (f"{path}: exists. Choose another --out, or pass --overwrite.")
     assert path.read_bytes() == b"old"
     store.write_artifact(path, make_manifest(), class_tensors(), overwrite=True)
     assert_same_bits(read_all(path), class_tensors())
@@ -158,7 +158,7 @@ def test_a_missing_folder_is_reported(path: Path) -> None:
 
 def test_a_folder_in_the_place_of_the_file_is_reported(path: Path) -> None:
     path.mkdir()
-    assert write_refusal(path, class_tensors(), overwrite=True) == f"{path}: is a folder. Choose another name."
+    assert write_refusal(path, class_tensors(), overwrite=True) == f"{path}: is a folder. Choose another --out."
     assert file_names(path.parent) == [path.name]
 
 
@@ -252,10 +252,10 @@ def test_a_destination_is_checked_before_there_is_anything_to_write(path: Path) 
     store.check_destination(str(path), overwrite=False)
     path.touch()
     store.check_destination(path, overwrite=True)
-    assert destination_refusal(path) == f"{path}: exists. Choose another file, or pass --overwrite."
+    assert destination_refusal(path) == f"{path}: exists. Choose another --out, or pass --overwrite."
     path.unlink()
     path.mkdir()
-    assert destination_refusal(path, overwrite=True) == f"{path}: is a folder. Choose another name."
+    assert destination_refusal(path, overwrite=True) == f"{path}: is a folder. Choose another --out."
 
 
 def test_a_safetensors_file_is_never_compressed(tmp_path: Path) -> None:

@@ -366,7 +366,9 @@ def test_a_class_without_images_is_refused_before_the_teacher_is_loaded(run: Run
 
 def test_an_existing_artifact_is_kept_unless_it_may_be_replaced(run: Run, out: Path) -> None:
     out.write_bytes(b"old")
-    assert refusal(run, teacher="./nowhere") == f"{out}: exists. Choose another --out, or pass --overwrite."
+    with pytest.raises(store.ArtifactWriteError) as error:
+        run(teacher="./nowhere")
+    assert str(error.value) == f"{out}: exists. Choose another --out, or pass --overwrite."
     assert out.read_bytes() == b"old"
     run(per_class=2, overwrite=True)
     assert tensors_of(out)["class/count"].tolist() == [2, 2, 2]
@@ -374,7 +376,9 @@ def test_an_existing_artifact_is_kept_unless_it_may_be_replaced(run: Run, out: P
 
 def test_a_folder_cannot_be_replaced_by_an_artifact(run: Run, out: Path) -> None:
     out.mkdir()
-    assert refusal(run, teacher="./nowhere", overwrite=True) == f"{out}: is a folder. Choose another --out."
+    with pytest.raises(store.ArtifactWriteError) as error:
+        run(teacher="./nowhere", overwrite=True)
+    assert str(error.value) == f"{out}: is a folder. Choose another --out."
 
 
 def test_an_existing_artifact_survives_a_failure(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
