@@ -350,7 +350,9 @@ def verify(artifacts: Sequence[Path], as_json: bool) -> None:
                 document["manifest_sha256"] = verify_artifact(path, progress=progress)
         except (StoreError, OSError, MemoryError) as error:
             text = _explain(error)[0] or "there is not enough memory for it."
-            document["ok"], document["error"] = False, text.removeprefix(f"{path}: ").removeprefix(f"{path.name}: ")
+            for name in (str(path), path.name):  # each on one line, as `_explain` has it
+                text = text.removeprefix(" ".join(f"{name}:".split()) + " ")
+            document["ok"], document["error"] = False, text
         documents.append(document)
         if not as_json:
             click.echo(_printable(f"{path}: " + ("ok" if document["ok"] else f"FAILED: {document['error']}")))
@@ -399,7 +401,7 @@ def convert(artifact: Path, out: Path, overwrite: bool, as_json: bool, **changes
             ),
         ]
     else:
-        rows.append(("loss", "none: samples and class statistics are kept to the bit"))
+        rows.append(("loss", "none: what was kept is kept to the bit"))
     _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
 from store.container import Progress, block_rows, ignore
-from store.errors import StoreError
+from store.errors import ArtifactWriteError, StoreError
 from store.layout import RULES
 from store.manifest import HeadInfo, Manifest
 from store.merge import sources_of
@@ -106,7 +106,8 @@ class _Conversion:
         self.artifact = artifact
         self.notes: list[str] = []
         self.meter: _LossMeter | None = None
-        self.with_samples = "sample/key" in artifact and not conversion.class_only
+        self.class_only = conversion.class_only
+        self.with_samples = "sample/key" in artifact and not self.class_only
         self.dropping = bool(conversion.drop_classes)
         classes = artifact.manifest.classes
         dropped = set(conversion.drop_classes)
@@ -123,11 +124,13 @@ class _Conversion:
         """Return the manifest, but for its tensors, and the tensors."""
         tensors: dict[str, NDArray[Any] | RowBlocks] = {}
         for name in self.artifact.manifest.tensors:
-            group = name.split("/")[0]
-            if group == "sample" or (self.dropping and (group == "head" or name not in RULES)):
+            group, known = name.split("/")[0], name in RULES
+            if group == "sample" and (known or self.class_only):
+                continue
+            if self.dropping and (group == "head" or not known):
                 continue
             array = self.artifact[name]
-            tensors[name] = array[self.kept_classes] if name in RULES else array
+            tensors[name] = array[self.kept_classes] if known else array
         if self.with_samples and len(self.rows):
             tensors |= self._samples()
         changes: dict[str, Any] = {}
@@ -166,7 +169,10 @@ class _Conversion:
         for rows in self._row_blocks():
             old = sample_embeddings(self.artifact, rows)
             scales = row_scales(old) if self.dtype == "int8" else None
-            encoded = encode_embeddings(old, self.dtype)
+            try:
+                encoded = encode_embeddings(old, self.dtype)
+            except ArtifactWriteError as error:
+                raise ArtifactWriteError(f"{self.artifact.path.name}: {error}") from None
             meter.add(old, decode_embeddings(encoded, scales))
             yield encoded
 

@@ -68,8 +68,10 @@ def merge_artifacts(
         raise ArtifactMergeError(f"{out}: a merge needs two artifacts or more, found {len(paths)}.")
     with ExitStack() as stack:
         artifacts = [stack.enter_context(open_artifact(path)) for path in paths]
-        for other in artifacts[1:]:
-            _check_alike(artifacts[0], other)
+        sampled = [artifact for artifact in artifacts if "sample/key" in artifact]
+        for alike in (artifacts, sampled):  # the first artifact of all need not have samples
+            for other in alike[1:]:
+                _check_alike(alike[0], other)
         for artifact in artifacts:
             verify_open(artifact, progress)
         merge = _Merge(artifacts)
@@ -107,11 +109,10 @@ class _Merge:
                 f"{self._named(self.artifacts)}: share {self.num_shared} images under the same label, which would be "
                 "counted twice. Extract disjoint parts, or pass --allow-overlap to store each once and count both."
             )
-        seen: dict[str, Artifact] = {}
+        seen: dict[tuple[str, tuple[str, ...]], Artifact] = {}
         for artifact in self.artifacts:
-            digest = artifact.manifest.sampling.images_sha256
-            same = seen.setdefault(digest, artifact) if digest and "sample/key" not in artifact else artifact
-            if same is not artifact:
+            digest = artifact.manifest.sampling.images_sha256  # of keys and class rows: equal where names are, too
+            if digest and (same := seen.setdefault((digest, artifact.manifest.classes), artifact)) is not artifact:
                 raise ArtifactMergeError(
                     f"{artifact.path.name}: is of exactly the images of {same.path.name}. Leave it out, or pass "
                     "--allow-overlap to count them twice."
@@ -132,13 +133,14 @@ class _Merge:
         dropped = sorted({name for artifact in self.artifacts for name in artifact.manifest.tensors} - set(RULES))
         if dropped:
             self.notes.append(f"Not kept, since this program does not know how to merge them: {', '.join(dropped)}.")
+        sources = tuple(source for artifact in self.artifacts for source in sources_of(artifact))
         manifest = Manifest(
             teacher=first.teacher,
-            data_set=_union_of_data_sets([artifact.manifest.data_set for artifact in self.artifacts]),
+            data_set=_union_of_data_sets([source.data_set for source in sources]),
             preprocessing=first.preprocessing,
             sampling=self._sampling(statistics.count),
             head=head,
-            sources=tuple(source for artifact in self.artifacts for source in sources_of(artifact)),
+            sources=sources,
             classes=self.classes,
             software=_joined([artifact.manifest.software for artifact in self.artifacts]),
         )
@@ -179,7 +181,7 @@ class _Merge:
         per_class = None
         asked_of_each = [part.per_class for part in parts if part.per_class is not None]
         if len(asked_of_each) == len(parts):
-            asked = np.zeros(len(self.classes), np.int64)
+            asked = np.zeros(len(self.classes), object)  # a stranger's number may be of any size
             for number, rows in zip(asked_of_each, self.class_rows, strict=True):
                 asked[rows] += number
             per_class = int(asked.max())
@@ -251,7 +253,7 @@ def _what_must_agree(manifest: Manifest) -> dict[str, Any]:
 
 def _differences(one: Any, two: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(one, Mapping) and isinstance(two, Mapping):
-        for name in sorted(set(one) | set(two)):
+        for name in {**one, **two}:
             if field == "" and name == "tensors" and (name not in one or name not in two):
                 continue  # one of them has no samples
             yield from _differences(one.get(name), two.get(name), f"{field}.{name}" if field else name)
@@ -263,15 +265,18 @@ def _union_of_data_sets(parts: Sequence[DataSetInfo]) -> DataSetInfo:
     distinct = list({part.model_dump_json(): part for part in parts}.values())
     if len(distinct) == 1:
         return distinct[0]
+    names = set(DataSetInfo.model_fields) - {"rows", "classes_named"}
     return DataSetInfo(
-        **_joined([part.model_dump(exclude={"rows", "classes_named"}) for part in distinct]),
+        **_joined([part.model_dump(include=names) for part in distinct]),
         rows=sum(part.rows for part in distinct),
         classes_named=distinct[0].classes_named,
     )
 
 
 def _joined(parts: Sequence[Mapping[str, str | None]]) -> dict[str, Any]:
-    """Join the different values of each field by a plus sign."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    values = {name: dict.fromkeys(part[name] for part in parts if part.get(name) is not None) for name in names}
-    return {name: " + ".join(map(str, found)) if found else None for name, found in values.items()}
+    """Join the different values of each field by a plus sign; they may be joined ones themselves."""
+    found: dict[str, dict[str, None]] = {name: {} for part in parts for name in part}
+    for part in parts:
+        for name, value in part.items():
+            found[name] |= dict.fromkeys([] if value is None else value.split(" + "))
+    return {name: " + ".join(values) if values else None for name, values in found.items()}

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from store.artifact import Artifact
 
 _LARGEST = 127
+# With a scale up to this one every int8, −128 too, decodes to a finite number.
+LARGEST_SCALE = float(np.finfo(np.float32).max) / 128
 
 
 def row_scales(embeddings: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -20,10 +22,11 @@ def row_scales(embeddings: NDArray[np.floating]) -> NDArray[np.float32]:
         embeddings: [S, V, D].
 
     Returns:
-        [S, V] float32; 0 where a row is zero, or too small for a float32 scale.
+        [S, V] float32; 0 where a row is zero, or too small for a normal float32 scale: a subnormal one is so
+        coarse that the largest value would be more than 127 steps.
     """
-    largest = np.abs(embeddings.astype(np.float32)).max(axis=-1)
-    return np.asarray(largest / np.float32(_LARGEST), np.float32)
+    scales = np.abs(embeddings.astype(np.float32)).max(axis=-1) / np.float32(_LARGEST)
+    return np.asarray(np.where(scales < np.finfo(np.float32).tiny, 0, scales), np.float32)
 
 
 def quantize(embeddings: NDArray[np.floating], scales: NDArray[np.float32]) -> NDArray[np.int8]:
@@ -74,10 +77,9 @@ def encode_embeddings(embeddings: NDArray[np.float32], dtype: str) -> NDArray[np
     Raises:
         ArtifactWriteError: a value does not fit: never is infinity written.
     """
-    if dtype == "int8":
-        return quantize(embeddings, row_scales(embeddings))
     # As Python's floats: numpy would compare in float16, and warn of the overflow.
-    largest, limit = float(np.abs(embeddings).max(initial=0)), float(np.finfo(dtype).max)
+    largest = float(np.abs(embeddings).max(initial=0))
+    limit = _LARGEST * LARGEST_SCALE if dtype == "int8" else float(np.finfo(dtype).max)
     if largest > limit:
         raise ArtifactWriteError(f"an embedding reaches {largest:.4g}, {dtype} ends at {limit:.4g}. Choose float32.")
-    return embeddings.astype(dtype)
+    return quantize(embeddings, row_scales(embeddings)) if dtype == "int8" else embeddings.astype(dtype)

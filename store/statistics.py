@@ -45,9 +45,16 @@ class ClassStatistics:
     ) -> None:
         """Fold in the statistics of other images, e.g. those of an artifact.
 
-        Of float32 statistics A and B of disjoint images the result differs from the statistics of all images,
-        in each value, by at most: mean, ulp(max |μ|); M2, 2·ulp(M2) + 4·n·|μ_A − μ_B|·ulp(max |μ|), where n is
-        n_A·n_B/(n_A + n_B) and ulp is that of float32. The second term is what rounding the means costs.
+        Where `tensors` of disjoint images are merged, `tensors` of the result differ from those of one accumulator
+        that saw all images, in each value, by at most: mean, u; M2, 2·ulp(M2) + u·Σ nᵢ|μᵢ − μ| + N·u²/4. Here nᵢ
+        images of part i have the mean μᵢ, all N have the mean μ, u is ulp(max |μᵢ|), and ulp is that of float32.
+        Both bounds hold for any number of parts, and are tight, but for float64's own rounding of the sums (N·2⁻⁵³ of
+        the largest value). The last two terms may exceed M2 itself at an offset that is large beside the spread.
+
+        Proof: rounding moves each μᵢ by eᵢ, |eᵢ| ≤ u/2, and so their weighted mean by at most u/2; the results are
+        multiples of their ulp. M2 is Σ M2ᵢ + Σ nᵢ(μᵢ − μ)². The second sum moves by 2·Σ nᵢ(μᵢ − μ)eᵢ +
+        Σ nᵢ(eᵢ − ē)² at most, which is the last two terms; the M2ᵢ are rounded by Σ ulp(M2ᵢ)/2 ≤ ulp(M2), since
+        ulp(x) ≤ x·2⁻²³ for normal x; and rounding both results costs ulp(M2)/2 each.
 
         Args:
             count: [K] images in each class.
@@ -67,6 +74,8 @@ class ClassStatistics:
         }
 
     def _combine(self, index: int, count: int, mean: NDArray[np.float64], m2: NDArray[np.float64]) -> None:
+        if count == 0:  # nothing to fold in, perhaps into nothing
+            return
         before = int(self.count[index])
         total = before + count
         delta = mean - self.mean[index]

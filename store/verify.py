@@ -1,5 +1,6 @@
 """Check every byte of an artifact, and everything that its numbers must obey."""
 
+import math
 import os
 from typing import Any
 
@@ -10,8 +11,10 @@ from store.artifact import Artifact, open_artifact
 from store.container import Progress, ignore
 from store.errors import ArtifactFormatError
 from store.pairs import check_sorted, pairs_sha256
+from store.quantize import LARGEST_SCALE
 
 _BLOCK_ROWS = 65536
+_MOST_IMAGES = 2**53  # of a class: merged counts stay far from overflow, and float64 holds each
 
 
 def verify_artifact(path: str | os.PathLike[str], *, progress: Progress = ignore) -> str:
@@ -44,10 +47,10 @@ def verify_open(artifact: Artifact, progress: Progress = ignore) -> None:
     """
     for name in artifact.manifest.tensors:
         artifact.verify(name, progress)
-    _check_at_least(artifact, "class/count", 1)
-    _check_at_least(artifact, "class/m2", 0)
+    _check_range(artifact, "class/count", 1, _MOST_IMAGES)
+    _check_range(artifact, "class/m2", 0)
     if "sample/scale" in artifact:
-        _check_at_least(artifact, "sample/scale", 0)
+        _check_range(artifact, "sample/scale", 0, LARGEST_SCALE)
     if "sample/key" in artifact:
         _check_samples(artifact)
 
@@ -65,10 +68,12 @@ class _Rows:
         return self._stored.read(rows.start, rows.stop)
 
 
-def _check_at_least(artifact: Artifact, name: str, least: int) -> None:
-    smallest = min(block.min() for block in artifact.stored(name).blocks())
-    if smallest < least:
-        raise _broken(artifact, f"{name} has a value of {smallest}, expected at least {least}")
+def _check_range(artifact: Artifact, name: str, least: int, most: float = math.inf) -> None:
+    for block in artifact.stored(name).blocks():
+        if block.min() < least:
+            raise _broken(artifact, f"{name} has a value of {block.min()}, expected at least {least}")
+        if block.max() > most:
+            raise _broken(artifact, f"{name} has a value of {block.max()}, expected at most {most}")
 
 
 def _check_samples(artifact: Artifact) -> None:

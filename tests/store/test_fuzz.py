@@ -37,7 +37,7 @@ SECONDS = 1.0
 BATCH_BYTES = 200 * 2**20
 SOURCES = tuple(sources())
 NUM_MUTANTS = 300  # of each of the ten sources
-SHARE = 12  # the fast tests take every twelfth
+SHARE = 20  # the fast tests take every twentieth, once in this process and once from the command line
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -111,8 +111,8 @@ def test_a_bit_that_is_wrong_here_and_there_changes_nothing_unseen(source: str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [name for name in SOURCES if not name.startswith("many")])
-def test_a_bit_that_is_wrong_anywhere_changes_nothing_unseen(source: str, tmp_path: Path) -> None:
-    check_flips(source, 1, tmp_path)
+def test_a_bit_that_is_wrong_nearly_anywhere_changes_nothing_unseen(source: str, tmp_path: Path) -> None:
+    check_flips(source, 1 if source.endswith(".safetensors") else 17, tmp_path)
 
 
 def check_report(numbers: range, folder: Path) -> None:
@@ -134,7 +134,7 @@ def check_report(numbers: range, folder: Path) -> None:
 
 
 def test_one_command_reports_on_some_mutants(tmp_path: Path) -> None:
-    check_report(range(0, NUM_MUTANTS, 2 * SHARE), tmp_path)
+    check_report(range(1, NUM_MUTANTS, SHARE), tmp_path)
 
 
 @pytest.mark.slow
