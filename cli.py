@@ -125,12 +125,13 @@ def cli() -> None:
 @_version_option
 def extract(as_json: bool, **options: Any) -> None:
     """Stage one: run the teacher once and write its embeddings."""
-    from pipeline.extract import ExtractSettings, extract
+    from pipeline.extract import ExtractSettings, ShareDone, extract
     from pipeline.progress import duration, size
 
-    result = extract(ExtractSettings(data=_data_settings(options), **options))
-    if result is None:
-        return  # one of several processes, and not the one that writes
+    try:
+        result = extract(ExtractSettings(data=_data_settings(options), **options))
+    except ShareDone:
+        return
     manifest = result.manifest
     _emit(
         as_json,

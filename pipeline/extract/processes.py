@@ -9,6 +9,10 @@ import torch
 from pipeline.errors import PipelineError
 
 
+class ShareDone(Exception):  # noqa: N818 (no error)
+    """This process has done its share of an extraction; another one writes the artifact."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """Who this process is: `rank` of `count`."""

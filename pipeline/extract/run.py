@@ -21,7 +21,7 @@ from pipeline.extract.batches import Rendering
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder, make_plan
 from pipeline.extract.partial import PartialFolder
-from pipeline.extract.processes import Processes, join_processes
+from pipeline.extract.processes import Processes, ShareDone, join_processes
 from pipeline.extract.sampling import check_no_empty_class, sample_rows
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
@@ -57,7 +57,7 @@ class _Chosen:
     short_classes: int
 
 
-def extract(settings: ExtractSettings) -> ExtractResult | None:
+def extract(settings: ExtractSettings) -> ExtractResult:
     """Embed a data set's images with the teacher and write the artifact.
 
     Everything that can be checked is checked before the first image is embedded. Finished chunks stay in
@@ -68,11 +68,12 @@ def extract(settings: ExtractSettings) -> ExtractResult | None:
         settings: what to do.
 
     Returns:
-        Where the artifact is, and figures; none in a process that does not write it.
+        Where the artifact is, and figures.
 
     Raises:
         PipelineError: anything a user can cause; nothing but finished chunks is left behind.
         StoreError: the artifact cannot be written.
+        ShareDone: of several processes this is not the one that writes.
     """
     start = time.monotonic()
     check_destination(settings.out, overwrite=settings.overwrite)
@@ -95,7 +96,7 @@ def extract(settings: ExtractSettings) -> ExtractResult | None:
     with _keep_if_worthwhile(partial):
         num_resumed, embed_seconds = _embed_share(embedder, partial, processes, _what_decides(embedder, chosen))
         if not processes.is_main:
-            return None
+            raise ShareDone
         chunks = Chunks([embedder.load(index, partial) for index in range(len(plan.chunks))], len(data.class_names))
         check_no_empty_class(chunks.count, data.class_names)
         assembled = chunks.assemble(settings.dtype if settings.samples else None)
@@ -139,6 +140,8 @@ def _keep_if_worthwhile(partial: PartialFolder) -> Iterator[None]:
     """After a failure, say how to go on, or remove a folder without a finished chunk."""
     try:
         yield
+    except ShareDone:
+        raise
     except BaseException:
         if partial.is_empty():
             partial.remove()

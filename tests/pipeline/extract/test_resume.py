@@ -73,7 +73,6 @@ def test_a_stopped_extraction_ends_in_the_same_bytes(
     assert finished == num_batches // 2
     assert not stopped.out.exists()
     result = extract(stopped)
-    assert result is not None
     assert result.num_resumed == 8 * finished
     assert stopped.out.read_bytes() == whole.out.read_bytes()
     assert not PartialFolder(stopped.out).path.exists()
@@ -89,7 +88,6 @@ def test_other_settings_do_not_go_on(settings: Callable[..., ExtractSettings], m
         extract(settings(batch_size=2))
     assert len(PartialFolder(settings().out).finished()) == 1
     result = extract(settings(batch_size=2, overwrite=True))
-    assert result is not None
     assert result.num_resumed == 0
 
 
@@ -111,7 +109,6 @@ def test_a_chunk_that_was_damaged_is_embedded_again(
 
 def test_views_are_of_the_same_samples(settings: Callable[..., ExtractSettings]) -> None:
     result = extract(settings(views=3, view_size=16, dtype="float32"))
-    assert result is not None
     sampling = result.manifest.sampling
     assert (sampling.views, sampling.view_size, sampling.views_version) == (3, 16, 1)
     extract(settings("plain.safetensors", dtype="float32"))
@@ -124,7 +121,6 @@ def test_views_are_of_the_same_samples(settings: Callable[..., ExtractSettings])
 
 def test_the_head_is_in_the_artifact(settings: Callable[..., ExtractSettings]) -> None:
     result = extract(settings(samples=False))
-    assert result is not None
     head = result.manifest.head
     assert head is not None
     with store.open_artifact(result.path) as artifact:
