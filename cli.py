@@ -147,6 +147,7 @@ def extract(as_json: bool, **options: Any) -> None:
             "images_per_second": result.images_per_second,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report_card": result.report_card.as_json(),
         },
         [
             ("artifact", f"{result.path}, {size(result.artifact_bytes)}"),
@@ -160,6 +161,8 @@ def extract(as_json: bool, **options: Any) -> None:
             ("images", f"{result.num_images:,}, {result.images_per_second:.1f} images/s"),
             ("time", duration(result.seconds)),
             *_memory_rows(result.memory),
+            *result.report_card.rows(),
+            ("report", str(result.path.with_suffix(".report.html"))),
         ],
     )
 

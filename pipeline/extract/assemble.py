@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.extract.measures import Embedded
 from pipeline.extract.partial import Chunk
 from store import ClassStatistics, RidgeHead, RowBlocks, fit_ridge, pairs_sha256, sort_pairs
 
@@ -57,6 +58,19 @@ class Chunks:
         """D, the length of an embedding."""
         return int(self._chunks[0].dtype["embedding"].shape[-1])
 
+    def unique_images(self, limit: int) -> Embedded:
+        """Gather view 0 of distinct images, in the order of their keys.
+
+        Args:
+            limit: at most so many.
+
+        Returns:
+            The first of them: a random choice, since keys are digests.
+        """
+        chosen = self._unique[:limit]
+        rows = np.concatenate([chunk["row"] for chunk in self._chunks])
+        return Embedded(self._gather(chosen)[:, 0], self.labels[chosen], self.keys[chosen], rows[chosen])
+
     def assemble(self, sample_dtype: str | None) -> Assembled:
         """Make the tensors.
 
@@ -92,10 +106,12 @@ class Chunks:
 
     def _sorted_embeddings(self) -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(self._unique), _BLOCK_ROWS):
-            images = self._unique[start : start + _BLOCK_ROWS]
-            part = np.searchsorted(self._starts, images, side="right") - 1
-            block = np.empty((len(images), *self._chunks[0].dtype["embedding"].shape), np.float32)
-            for index in np.unique(part).tolist():
-                here = part == index
-                block[here] = self._chunks[index]["embedding"][images[here] - self._starts[index]]
-            yield block
+            yield self._gather(self._unique[start : start + _BLOCK_ROWS])
+
+    def _gather(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        part = np.searchsorted(self._starts, images, side="right") - 1
+        embeddings = np.empty((len(images), *self._chunks[0].dtype["embedding"].shape), np.float32)
+        for index in np.unique(part).tolist():
+            here = part == index
+            embeddings[here] = self._chunks[index]["embedding"][images[here] - self._starts[index]]
+        return embeddings

@@ -22,6 +22,8 @@ from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder, make_plan
 from pipeline.extract.partial import PartialFolder
 from pipeline.extract.processes import Processes, ShareDone, join_processes
+from pipeline.extract.report_card import ReportCard
+from pipeline.extract.report_files import write_report_card
 from pipeline.extract.sampling import check_no_empty_class, sample_rows
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
@@ -40,6 +42,7 @@ class ExtractResult:
     """What stage one made and what it took. `num_resumed` images had been embedded by an earlier run."""
 
     path: Path
+    report_card: ReportCard
     manifest: Manifest
     num_images: int
     num_resumed: int
@@ -102,9 +105,11 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         assembled = chunks.assemble(settings.dtype if settings.samples else None)
         manifest = _manifest(embedder, chosen, assembled, len(chosen.rows) - len(chunks))
         manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
+        card = write_report_card(settings.out, chunks, data, per_class, teacher.info.name)
     partial.remove()
     return ExtractResult(
         path=settings.out,
+        report_card=card,
         manifest=manifest,
         num_images=len(chunks),
         num_resumed=num_resumed,
