@@ -79,13 +79,11 @@ def main(work: Path, rows: int, large: bool, only: tuple[str, ...]) -> None:
 def measure_write(work: Path, paths: dict[str, Path], rows: int) -> dict[str, Any]:
     """Write the artifact in both containers and the same bytes as a raw file, in turn."""
     num_bytes = rows * EMBED_DIM * 2
-    raw = work / "raw.bin"
     seconds: dict[str, list[float]] = {name: [] for name in ("raw", "safetensors", "h5")}
     for turn in range(WRITES):
         names = list(seconds)
         for name in names[turn % 3 :] + names[: turn % 3]:  # whoever comes first finds memory in another state
-            path = raw if name == "raw" else paths[name]
-            path.unlink(missing_ok=True)
+            path = work / f"scratch.{name}"
             settle()
             start = time.perf_counter()
             if name == "raw":
@@ -93,7 +91,9 @@ def measure_write(work: Path, paths: dict[str, Path], rows: int) -> dict[str, An
             else:
                 write(path, rows)
             seconds[name].append(time.perf_counter() - start)
-    raw.unlink()
+            path.unlink()  # at once: on a disk that frees blocks, all must find the same ones
+    for name in ("safetensors", "h5"):
+        write(paths[name], rows)
     start = time.perf_counter()
     write(paths["gzip h5"], rows, gzip=True)
     gzip_seconds = time.perf_counter() - start
