@@ -424,6 +424,7 @@ def merge(artifacts: Sequence[Path], out: Path, as_json: bool, **options: Any) -
         result = merge_artifacts(artifacts, out, progress=progress, **options)
     manifest = result.manifest
     samples = manifest.tensors.get("sample/key")
+    repeats = f", and {result.num_shared:,} repeats of them left out" if result.num_shared else ""
     document = {
         "artifact": str(out),
         "manifest_sha256": manifest.sha256(),
@@ -436,7 +437,7 @@ def merge(artifacts: Sequence[Path], out: Path, as_json: bool, **options: Any) -
         ("artifact", f"{out}, {out.stat().st_size:,} bytes"),
         ("digest", manifest.sha256()),
         ("classes", f"{len(manifest.classes):,}"),
-        ("samples", f"{samples.shape[0] if samples else 0:,}, {result.num_shared:,} of them in several inputs"),
+        ("samples", f"{samples.shape[0] if samples else 0:,}" + repeats),
     ]
     _emit(as_json, document, [*rows, *(("note", note) for note in result.notes)])
 

@@ -33,7 +33,7 @@ import store  # noqa: E402 (the checkout need not be installed)
 EMBED_DIM, NUM_CLASSES = 768, 100
 BLOCK_ROWS = 4096
 GATHERED_ROWS = 4096
-RUNS, GATHERS, KILLS = 5, 40, 50
+RUNS, WRITES, GATHERS, KILLS = 5, 9, 40, 50
 # A process starts out with the memory of the one that forked it: start it from one that has hardly any.
 LAUNCHER = """
 import os, sys, time
@@ -79,20 +79,21 @@ def main(work: Path, rows: int, large: bool, only: tuple[str, ...]) -> None:
 def measure_write(work: Path, paths: dict[str, Path], rows: int) -> dict[str, Any]:
     """Write the artifact in both containers and the same bytes as a raw file, in turn."""
     num_bytes = rows * EMBED_DIM * 2
-    raw = work / "raw.bin"
     seconds: dict[str, list[float]] = {name: [] for name in ("raw", "safetensors", "h5")}
-    for _ in range(RUNS):
-        for name, times in seconds.items():
-            path = raw if name == "raw" else paths[name]
-            path.unlink(missing_ok=True)
+    for turn in range(WRITES):
+        names = list(seconds)
+        for name in names[turn % 3 :] + names[: turn % 3]:  # whoever comes first finds memory in another state
+            path = work / f"scratch.{name}"
             settle()
             start = time.perf_counter()
             if name == "raw":
                 write_raw(path, rows)
             else:
                 write(path, rows)
-            times.append(time.perf_counter() - start)
-    raw.unlink()
+            seconds[name].append(time.perf_counter() - start)
+            path.unlink()  # at once: on a disk that frees blocks, all must find the same ones
+    for name in ("safetensors", "h5"):
+        write(paths[name], rows)
     start = time.perf_counter()
     write(paths["gzip h5"], rows, gzip=True)
     gzip_seconds = time.perf_counter() - start

@@ -274,6 +274,8 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bo
         raise ArtifactWriteError(f"{path}: cannot be written ({error.strerror}).") from None
     if is_folder:
         raise ArtifactWriteError(f"{path}: is a folder. Choose another --out.")
+    if not path.absolute().parent.is_dir():
+        raise ArtifactWriteError(f"{path}: the folder {path.parent} does not exist. Make it first.")
     if exists and not overwrite:
         raise ArtifactWriteError(f"{path}: exists. Choose another --out, or pass --overwrite.")
     if gzip and path.suffix == ".safetensors":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from store.container import Blocks, GzipChunks, Header, Location, block_rows, write_blocks
 from store.errors import ArtifactFormatError
+from store.flush import FlushBehind
 from store.isolation import ChildError, run_isolated
 from store.layout import COMPRESSIBLE, check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo
@@ -49,19 +50,24 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks], *, gzip: bo
     Returns:
         The manifest with the digests.
     """
-    with h5py.File(
-        path,
-        "w",
-        libver=_LIBVER,
-        locking=False,
-        alignment_threshold=_ALIGNMENT_BYTES,
-        alignment_interval=_ALIGNMENT_BYTES,
-    ) as file:
+    path.touch()
+    with (
+        path.open("rb") as descriptor,
+        FlushBehind(descriptor.fileno()) as flush,
+        h5py.File(
+            path,
+            "w",
+            libver=_LIBVER,
+            locking=False,
+            alignment_threshold=_ALIGNMENT_BYTES,
+            alignment_interval=_ALIGNMENT_BYTES,
+        ) as file,
+    ):
         tensors = {}
         for name in sorted(blocks):
             info = manifest.tensors[name]
             dataset = _create(file, name, info, compress=gzip and name in COMPRESSIBLE)
-            sha256 = write_blocks(name, info, blocks[name], _Rows(dataset))
+            sha256 = write_blocks(name, info, blocks[name], _Rows(dataset, flush))
             if dataset.chunks:
                 file.flush()
                 _location(dataset, name, "artifact", sys.maxsize)  # a file that readers would refuse is not written
@@ -137,13 +143,15 @@ def parse(path: Path, file_bytes: int) -> Header:
 class _Rows:
     """Write consecutive blocks into a data set."""
 
-    def __init__(self, dataset: h5py.Dataset) -> None:
+    def __init__(self, dataset: h5py.Dataset, flush: FlushBehind) -> None:
         self._dataset = dataset
+        self._flush = flush
         self._position = 0
 
     def __call__(self, block: NDArray[Any]) -> None:
         self._dataset[self._position : self._position + len(block)] = block
         self._position += len(block)
+        self._flush.wrote(block.nbytes)
 
 
 def _create(file: h5py.File, name: str, info: TensorInfo, *, compress: bool) -> h5py.Dataset:

@@ -106,8 +106,9 @@ class _Merge:
         """Refuse what is known to overlap."""
         if self.num_shared:
             raise ArtifactMergeError(
-                f"{self._named(self.artifacts)}: share {self.num_shared} images under the same label, which would be "
-                "counted twice. Extract disjoint parts, or pass --allow-overlap to store each once and count both."
+                f"{self._named(self.artifacts)}: of their samples {self.num_shared} are repeated, same image and same "
+                "label, and would be counted twice. Extract disjoint parts, or pass --allow-overlap to store each once "
+                "and count both."
             )
         seen: dict[tuple[str, tuple[str, ...]], Artifact] = {}
         for artifact in self.artifacts:

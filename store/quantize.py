@@ -39,9 +39,9 @@ def quantize(embeddings: NDArray[np.floating], scales: NDArray[np.float32]) -> N
     Returns:
         [S, V, D], −127…127.
     """
-    inverse = np.divide(1.0, scales, out=np.zeros(scales.shape), where=scales > 0)
-    steps = np.rint(embeddings.astype(np.float64) * inverse[..., None])
-    return np.clip(steps, -_LARGEST, _LARGEST).astype(np.int8)
+    steps = np.zeros(embeddings.shape)
+    np.divide(embeddings.astype(np.float64), scales[..., None], out=steps, where=scales[..., None] > 0)
+    return np.clip(np.rint(steps), -_LARGEST, _LARGEST).astype(np.int8)
 
 
 def decode_embeddings(stored: NDArray[np.generic], scales: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from store.container import Blocks, Header, Location, write_blocks
 from store.errors import ArtifactFormatError
+from store.flush import FlushBehind
 from store.layout import MAX_AXES, check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_json
 
@@ -43,11 +44,13 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks]) -> Manifest
         The manifest with the digests.
     """
     order = sorted(blocks, key=lambda name: (-numpy_dtype(manifest.tensors[name].dtype).itemsize, name))
-    with path.open("wb") as file:
+    with path.open("wb") as file, FlushBehind(file.fileno()) as flush:
         # Digests have a fixed width: the header is written now and overwritten, in place, when they are known.
         header = _encode_header(manifest, order)
         file.write(header)
-        digests = {name: write_blocks(name, manifest.tensors[name], blocks[name], _writer(file)) for name in order}
+        digests = {
+            name: write_blocks(name, manifest.tensors[name], blocks[name], _writer(file, flush)) for name in order
+        }
         finished = manifest.model_copy(update={"tensors": _with_digests(manifest.tensors, digests)})
         file.seek(0)
         file.write(_encode_header(finished, order))
@@ -84,8 +87,8 @@ def read_header(path: Path) -> Header:
     )
 
 
-def _writer(file: BinaryIO) -> Callable[[NDArray[Any]], object]:
-    return lambda block: file.write(block.reshape(-1).view(np.uint8).data)
+def _writer(file: BinaryIO, flush: FlushBehind) -> Callable[[NDArray[Any]], object]:
+    return lambda block: flush.wrote(file.write(block.reshape(-1).view(np.uint8).data))
 
 
 def _encode_header(manifest: Manifest, order: list[str]) -> bytes:

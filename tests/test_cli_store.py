@@ -191,7 +191,7 @@ def test_merge_shows_classes_samples_and_notes(run: Run, tmp_path: Path) -> None
         f"artifact  {out_path}, {out_path.stat().st_size:,} bytes",
         f"digest    {digest}",
         "classes   4",
-        "samples   12, 6 of them in several inputs",
+        "samples   12, and 6 repeats of them left out",
     ]
     three = extract(tmp_path / "d.h5", draw_images(9, 1), with_samples=False)
     code, out, _ = run("merge", one, three, "--out", out_path, "--overwrite", "--json")
@@ -207,7 +207,7 @@ def test_merge_shows_classes_samples_and_notes(run: Run, tmp_path: Path) -> None
     code, out, _ = run(
         "merge", three, extract(tmp_path / "e.h5", draw_images(4, 2), with_samples=False), "--out", one, "--overwrite"
     )
-    assert (code, out.splitlines()[3]) == (0, "samples   0, 0 of them in several inputs")
+    assert (code, out.splitlines()[3]) == (0, "samples   0")
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[object], int, str]]:
@@ -216,7 +216,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], int, str]]:
     no_class = "one.h5: has no class 'dog' to drop. `store inspect` shows its classes."
     missing = f"{folder / 'no.h5'}: artifact does not exist. Make one with `clip-embed-kd extract`."
     is_damaged = "damaged.h5: sample/key has SHA-256 "
-    shared = "one.h5, one.h5: share 9 images under the same label, which would be counted twice. "
+    shared = "one.h5, one.h5: of their samples 9 are repeated, same image and same label, and would be counted twice. "
     return {
         "nothing to verify": (["verify"], 2, "Missing argument 'PATH…'."),
         "an artifact in the way": (["convert", one, "--out", two], 1, exists),

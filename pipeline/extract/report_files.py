@@ -19,7 +19,9 @@ def report_paths(artifact: Path) -> tuple[Path, Path]:
     return artifact.with_suffix(".report.json"), artifact.with_suffix(".report.html")
 
 
-def write_report_card(artifact: Path, chunks: Chunks, data: Labelled, per_class: int | None, teacher: str) -> ReportCard:
+def write_report_card(
+    artifact: Path, chunks: Chunks, data: Labelled, per_class: int | None, teacher: str
+) -> ReportCard:
     """Grade the embedded images and write both files, replacing older ones.
 
     Args:

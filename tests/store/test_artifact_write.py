@@ -153,7 +153,7 @@ def test_what_a_killed_writer_left_behind_is_written_over(path: Path) -> None:
 
 def test_a_missing_folder_is_reported(path: Path) -> None:
     path.parent.rmdir()
-    assert write_refusal(path, class_tensors()) == f"{path}: cannot be written (No such file or directory)."
+    assert write_refusal(path, class_tensors()) == (f"{path}: the folder {path.parent} does not exist. Make it first.")
 
 
 def test_a_folder_in_the_place_of_the_file_is_reported(path: Path) -> None:

@@ -130,8 +130,8 @@ def test_shared_images_are_refused_or_stored_once_and_counted_twice(tmp_path: Pa
     two.keys[:4] = one.keys[[0, 1, 2, 4]]  # the last under another label
     paths, out = extract_all(tmp_path, parts), tmp_path / "out.safetensors"
     assert refused(*paths) == (
-        "0.safetensors, 1.safetensors: share 3 images under the same label, which would be counted twice. "
-        "Extract disjoint parts, or pass --allow-overlap to store each once and count both."
+        "0.safetensors, 1.safetensors: of their samples 3 are repeated, same image and same label, and would be "
+        "counted twice. Extract disjoint parts, or pass --allow-overlap to store each once and count both."
     )
     assert merged(out, *paths, allow_overlap=True).num_shared == 3
     assert_is_one_extraction(out, extract(tmp_path / "all.safetensors", together(*parts)), parts)
