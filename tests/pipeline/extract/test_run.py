@@ -169,7 +169,7 @@ def test_figures_come_with_the_result(run: Run, out: Path) -> None:
     assert result.seconds > 0
     assert result.images_per_second > 0
     assert result.memory.resident_bytes > 0
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["a.report.html", "a.report.json", out.name]
 
 
 def test_sample_embeddings_are_the_teachers(run: Run, tiny_teacher: Path, out: Path) -> None:
@@ -300,7 +300,7 @@ def test_another_seed_gives_other_images(run: Run) -> None:
 def test_the_teacher_and_short_classes_are_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="clip_embed_kd"):
         result = run(per_class=11)
-    assert caplog.messages == [
+    assert caplog.messages[:2] == [
         "3 of 3 classes have fewer than 11 images; all of theirs are used.",
         "Teacher tiny-vit (ViTModel): the embedding is [CLS] after the last norm, 24 values, in float32 on cpu.",
     ]
@@ -312,7 +312,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="clip_embed_kd"):
         result = run(data=data_of(damaged_data), samples=True, skip_bad=True, batch_size=1)
-    assert caplog.messages[-1] == "2 images could not be decoded and were left out."
+    assert "2 images could not be decoded and were left out." in caplog.messages
     assert (result.num_images, result.manifest.sampling.skipped_images) == (4, 2)
     tensors = tensors_of(out)
     assert tensors["class/count"].tolist() == [2, 2]
@@ -392,9 +392,9 @@ def test_an_existing_artifact_survives_a_failure(run: Run, out: Path, monkeypatc
 @pytest.mark.usefixtures("nothing_left")
 def test_a_missing_folder_is_refused_first(run: Run, out: Path) -> None:
     path = out.parent / "none" / "a.safetensors"
-    assert refusal(run, out=path, teacher="./nowhere") == (
-        f"{path}: the folder {path.parent} does not exist. Make it first."
-    )
+    with pytest.raises(store.ArtifactWriteError) as error:
+        run(out=path, teacher="./nowhere")
+    assert str(error.value) == f"{path}: the folder {path.parent} does not exist. Make it first."
 
 
 @pytest.mark.usefixtures("nothing_left")
