@@ -392,9 +392,9 @@ def test_an_existing_artifact_survives_a_failure(run: Run, out: Path, monkeypatc
 @pytest.mark.usefixtures("nothing_left")
 def test_a_missing_folder_is_refused_first(run: Run, out: Path) -> None:
     path = out.parent / "none" / "a.safetensors"
-    assert refusal(run, out=path, teacher="./nowhere") == (
-        f"{path}: the folder {path.parent} does not exist. Make it first."
-    )
+    with pytest.raises(store.ArtifactWriteError) as error:
+        run(out=path, teacher="./nowhere")
+    assert str(error.value) == f"{path}: the folder {path.parent} does not exist. Make it first."
 
 
 @pytest.mark.usefixtures("nothing_left")
