@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         printed = capsys.readouterr()
         assert "\x1b" not in printed.out + printed.err
         code = int(stopped.value.code or 0)
-        if code == 0 and "--out" in arguments:
+        if code == 0 and "--out" in arguments and arguments[0] != "plot":
             store.verify_artifact(str(arguments[arguments.index("--out") + 1]))
         return code, printed.out, printed.err
 
@@ -321,3 +321,11 @@ def test_long_work_shows_a_bar_on_stderr(run: Run, tmp_path: Path, monkeypatch: 
     store.write_artifact(small, make_manifest(), {**class_tensors(), "class/m2": np.ones((3, 4), np.float32)})
     run("verify", small)
     assert len(shown) == 1
+
+
+def test_plot_draws_a_picture_and_says_what_is_in_it(run: Run, tmp_path: Path) -> None:
+    store.write_artifact(tmp_path / "a.h5", make_manifest(), all_tensors())
+    code, out, _ = run("plot", tmp_path / "a.h5", "--out", tmp_path / "a.svg", "--method", "pca", "--json")
+    document = json.loads(out)
+    assert (code, document["num_classes"], document["num_samples"]) == (0, 3, 5)
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")

@@ -272,7 +272,11 @@ REFUSALS: dict[str, tuple[str, Conversion, str]] = {
         Conversion(),
         "{folder}/out.pt: an artifact's name ends in .safetensors, .h5, .hdf5, found '.pt'.",
     ),
-    "no such folder": ("no/out.h5", Conversion(), "{folder}/no/out.h5: cannot be written (No such file or directory)."),
+    "no such folder": (
+        "no/out.h5",
+        Conversion(),
+        "{folder}/no/out.h5: the folder {folder}/no does not exist. Make it first.",
+    ),
 }
 
 
