@@ -103,6 +103,8 @@ def cli() -> None:
     help="random images in each class  [default: 100; all with --samples]",
 )
 @click.option("--samples", is_flag=True, help="also store the embedding of each image")
+@click.option("--views", type=click.IntRange(min=1), default=1, help="embeddings a sample; 1… are of augmented views")
+@click.option("--view-size", type=click.IntRange(min=1), default=224, help="side of an augmented view, in pixels")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
 @click.option(
     "--pooling",
@@ -123,10 +125,13 @@ def cli() -> None:
 @_version_option
 def extract(as_json: bool, **options: Any) -> None:
     """Stage one: run the teacher once and write its embeddings."""
-    from pipeline.extract import ExtractSettings, extract
+    from pipeline.extract import ExtractSettings, ShareDone, extract
     from pipeline.progress import duration, size
 
-    result = extract(ExtractSettings(data=_data_settings(options), **options))
+    try:
+        result = extract(ExtractSettings(data=_data_settings(options), **options))
+    except ShareDone:
+        return
     manifest = result.manifest
     _emit(
         as_json,
@@ -134,6 +139,7 @@ def extract(as_json: bool, **options: Any) -> None:
             "artifact": str(result.path),
             "manifest_sha256": manifest.sha256(),
             "num_images": result.num_images,
+            "num_resumed": result.num_resumed,
             "num_classes": len(manifest.classes),
             "embed_dim": manifest.teacher.embed_dim,
             "artifact_bytes": result.artifact_bytes,
@@ -141,6 +147,7 @@ def extract(as_json: bool, **options: Any) -> None:
             "images_per_second": result.images_per_second,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report_card": result.report_card.as_json(),
         },
         [
             ("artifact", f"{result.path}, {size(result.artifact_bytes)}"),
@@ -148,11 +155,14 @@ def extract(as_json: bool, **options: Any) -> None:
             (
                 "content",
                 f"{len(manifest.classes)} classes × {manifest.teacher.embed_dim} values"
-                + (f", {manifest.tensors['sample/key'].shape[0]:,} samples" if options["samples"] else ""),
+                + (f", {manifest.tensors['sample/key'].shape[0]:,} samples" if options["samples"] else "")
+                + (f" × {options['views']} views" if options["views"] > 1 else ""),
             ),
             ("images", f"{result.num_images:,}, {result.images_per_second:.1f} images/s"),
             ("time", duration(result.seconds)),
             *_memory_rows(result.memory),
+            *result.report_card.rows(),
+            ("report", str(result.path.with_suffix(".report.html"))),
         ],
     )
 

@@ -26,6 +26,8 @@ class ExtractSettings(BaseModel):
     per_class: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         default=None, description="random images in each class; none: 100, or all where samples are stored"
     )
+    views: int = Field(default=1, ge=1, description="embeddings of each sample; view 0 is the image itself")
+    view_size: int = Field(default=224, ge=1, description="side of a rendered view, in pixels")
     samples: bool = Field(default=False, description="also store the embedding of each image")
     dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
     pooling: Pooling = "auto"
@@ -34,7 +36,7 @@ class ExtractSettings(BaseModel):
     precision: Precision = "auto"
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     overwrite: bool = False
 
     def images_per_class(self) -> int | None:

@@ -1,12 +1,14 @@
-"""Stage one, from settings to artifact: sample rows, embed them, accumulate, write."""
+"""Stage one, from settings to artifact: sample rows, embed them in chunks, assemble, write."""
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,21 +16,20 @@ from numpy.typing import NDArray
 
 from pipeline.data import Labelled, load_labelled
 from pipeline.errors import PipelineError
-from pipeline.extract.batches import read_batches
+from pipeline.extract.assemble import Assembled, Chunks
+from pipeline.extract.batches import Rendering
 from pipeline.extract.config import ExtractSettings
-from pipeline.extract.samples import SampleSpool
+from pipeline.extract.embed import Embedder, make_plan
+from pipeline.extract.partial import PartialFolder
+from pipeline.extract.processes import Processes, ShareDone, join_processes
+from pipeline.extract.report_card import ReportCard
+from pipeline.extract.report_files import write_report_card
 from pipeline.extract.sampling import check_no_empty_class, sample_rows
 from pipeline.output import check_output
-from pipeline.progress import LOGGER, ProgressBar
-from pipeline.runtime import (
-    PeakMemory,
-    batch_must_fit,
-    peak_memory,
-    resolve_device,
-    resolve_precision,
-    software_versions,
-)
-from store import ClassStatistics, DataSetInfo, Manifest, SamplingInfo, check_destination, write_artifact
+from pipeline.progress import LOGGER
+from pipeline.runtime import PeakMemory, peak_memory, resolve_device, resolve_precision, software_versions
+from pipeline.views import VIEWS_VERSION
+from store import DataSetInfo, Manifest, SamplingInfo, check_destination, write_artifact
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
@@ -38,21 +39,33 @@ _SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillo
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """What stage one made and what it took."""
+    """What stage one made and what it took. `num_resumed` images had been embedded by an earlier run."""
 
     path: Path
+    report_card: ReportCard
     manifest: Manifest
     num_images: int
+    num_resumed: int
     seconds: float
     images_per_second: float
     artifact_bytes: int
     memory: PeakMemory
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The rows to embed, ascending, and how many classes have fewer than were asked for."""
+
+    rows: NDArray[np.int64]
+    short_classes: int
+
+
 def extract(settings: ExtractSettings) -> ExtractResult:
     """Embed a data set's images with the teacher and write the artifact.
 
-    Everything that can be checked is checked before the first image is embedded.
+    Everything that can be checked is checked before the first image is embedded. Finished chunks stay in
+    `OUT.partial/` until the artifact is written: the same settings go on where an earlier run stopped. Started
+    by torchrun, the processes share the chunks.
 
     Args:
         settings: what to do.
@@ -61,92 +74,106 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         Where the artifact is, and figures.
 
     Raises:
-        PipelineError: anything a user can cause; nothing is left behind.
-        StoreError: the artifact cannot be written; nothing is left behind.
+        PipelineError: anything a user can cause; nothing but finished chunks is left behind.
+        StoreError: the artifact cannot be written.
+        ShareDone: of several processes this is not the one that writes.
     """
     start = time.monotonic()
     check_destination(settings.out, overwrite=settings.overwrite)
     check_output(settings.out, 0, replaceable=settings.overwrite)
-    device = resolve_device(settings.device)
+    processes, device = join_processes(resolve_device(settings.device))
     data = load_labelled(settings.data)
     per_class = settings.images_per_class()
-    rows, short_classes = sample_rows(data.labels, data.class_names, per_class, settings.seed)
-    if short_classes:
+    chosen = _Chosen(*sample_rows(data.labels, data.class_names, per_class, settings.seed))
+    if chosen.short_classes:
         LOGGER.info(
             "%d of %d classes have fewer than %d images; all of theirs are used.",
-            *(short_classes, len(data.class_names), per_class),
+            *(chosen.short_classes, len(data.class_names), per_class),
         )
     teacher = _load_teacher(settings, device)
-    embed_dim = teacher.info.embed_dim
-    _check_room(settings, len(data.class_names), len(rows), embed_dim)
-    statistics = ClassStatistics(len(data.class_names), embed_dim)
-    dtype = settings.dtype if settings.samples else None
-    with closing(SampleSpool(settings.out.absolute().parent, embed_dim, dtype)) as spool:
-        num_bad, embed_seconds = _embed(settings, data, rows, teacher, (statistics, spool))
-        check_no_empty_class(statistics.count, data.class_names)
-        images_sha256, samples = spool.finish()
-        sampling = SamplingInfo(
-            per_class=per_class,
-            limit=settings.data.limit,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            short_classes=short_classes,
-            skipped_images=num_bad,
-            images_sha256=images_sha256,
-        )
-        tensors = statistics.tensors() | samples
-        manifest = _manifest(teacher, data, sampling)
-        manifest = write_artifact(settings.out, manifest, tensors, overwrite=settings.overwrite)
+    _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
+    rendering = Rendering(teacher.preprocess, settings.views, settings.view_size, settings.seed)
+    plan = make_plan(chosen.rows, settings.batch_size)
+    embedder = Embedder(settings, data, teacher, rendering, plan, _num_workers(settings, device))
+    partial = PartialFolder(settings.out)
+    with _keep_if_worthwhile(partial):
+        num_resumed, embed_seconds = _embed_share(embedder, partial, processes, _what_decides(embedder, chosen))
+        if not processes.is_main:
+            raise ShareDone
+        chunks = Chunks([embedder.load(index, partial) for index in range(len(plan.chunks))], len(data.class_names))
+        check_no_empty_class(chunks.count, data.class_names)
+        assembled = chunks.assemble(settings.dtype if settings.samples else None)
+        manifest = _manifest(embedder, chosen, assembled, len(chosen.rows) - len(chunks))
+        manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
+        card = write_report_card(settings.out, chunks, data, per_class, teacher.info.name)
+    partial.remove()
     return ExtractResult(
         path=settings.out,
+        report_card=card,
         manifest=manifest,
-        num_images=int(statistics.count.sum()),
+        num_images=len(chunks),
+        num_resumed=num_resumed,
         seconds=time.monotonic() - start,
-        images_per_second=len(rows) / embed_seconds,
+        images_per_second=(len(chosen.rows) - num_resumed) / embed_seconds,
         artifact_bytes=settings.out.stat().st_size,
         memory=peak_memory(device),
     )
 
 
-def _embed(
-    settings: ExtractSettings,
-    data: Labelled,
-    rows: NDArray[np.int64],
-    teacher: "Teacher",
-    sinks: tuple[ClassStatistics, SampleSpool],
+def _embed_share(
+    embedder: Embedder, partial: PartialFolder, processes: Processes, decides: dict[str, Any]
 ) -> tuple[int, float]:
-    """Embed rows into the sinks; returns how many images were bad, and the seconds."""
-    statistics, spool = sinks
-    num_bad = 0
-    workers = _num_workers(settings, teacher.model.device)
-    fits = batch_must_fit(settings.batch_size, "the teacher")
-    with ProgressBar("embedding", len(rows)) as bar, _workers_must_live(), fits:
-        for batch in read_batches(data, rows, teacher.preprocess, settings.batch_size, workers):
-            if batch.bad and not settings.skip_bad:
-                raise batch.bad[0]
-            num_bad += len(batch.bad)
-            if batch.pixels is not None:
-                embeddings = teacher.embed(batch.pixels).cpu().numpy()
-                _check_finite(embeddings, data.numbers[batch.rows], settings)
-                statistics.add(embeddings, data.labels[batch.rows])
-                spool.add(batch.keys, data.labels[batch.rows], embeddings)
-            bar.advance(len(batch.rows) + len(batch.bad))
-    if num_bad:
-        LOGGER.info("%d images could not be decoded and were left out.", num_bad)
-    return num_bad, bar.seconds
+    """Embed this process's share of the missing chunks; returns how many images were there, and the seconds."""
+    if processes.is_main:
+        partial.open(decides, overwrite=embedder.settings.overwrite)
+    processes.wait()
+    partial.open(decides, overwrite=False)  # the others: do they see the same data and teacher?
+    finished = partial.finished()
+    processes.wait()  # nobody adds to the list before all have read it
+    indices = range(len(embedder.plan.chunks))
+    missing = [index for index in indices if index not in finished]
+    num_resumed = embedder.plan.num_images([index for index in indices if index in finished])
+    if num_resumed:
+        LOGGER.info("%d images were embedded by an earlier run.", num_resumed)
+    seconds = embedder.run(missing[processes.rank :: processes.count], partial)
+    processes.wait()
+    return num_resumed, seconds
 
 
 @contextmanager
-def _workers_must_live() -> Iterator[None]:
+def _keep_if_worthwhile(partial: PartialFolder) -> Iterator[None]:
+    """After a failure, say how to go on, or remove a folder without a finished chunk."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-            raise
-        raise PipelineError(
-            "a decoding process died, for want of memory or of shared memory (/dev/shm). "
-            "Try --workers 0, or a smaller --batch-size."
-        ) from None
+    except ShareDone:
+        raise
+    except BaseException:
+        if partial.is_empty():
+            partial.remove()
+        elif partial.path.exists():
+            LOGGER.info("What is finished stays in %s: the same command goes on from there.", partial.path)
+        raise
+
+
+def _what_decides(embedder: Embedder, chosen: _Chosen) -> dict[str, Any]:
+    """Return all that the chunks' bytes depend on, as plain JSON."""
+    settings, data = embedder.settings, embedder.data
+    return {
+        "teacher": embedder.teacher.info.model_dump(),
+        "preprocessing": embedder.teacher.preprocess.describe(),
+        "data_set": _data_set_info(data).model_dump(),
+        "labels_sha256": hashlib.sha256(np.stack([chosen.rows, data.labels[chosen.rows]]).tobytes()).hexdigest(),
+        "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "views": settings.views,
+        "view_size": settings.view_size if settings.views > 1 else None,
+        "views_version": VIEWS_VERSION,
+        "dtype": settings.dtype if settings.samples else None,
+        "skip_bad": settings.skip_bad,
+        "device": embedder.teacher.model.device.type,
+        "software": software_versions(_SOFTWARE),
+    }
 
 
 def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
@@ -179,37 +206,48 @@ def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
 
 
 def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:
-    needed = num_classes * embed_dim * 8
+    needed = num_classes * embed_dim * 12 + num_rows * (settings.views * embed_dim * 4 + 32)  # artifact, chunks
     if settings.samples:
-        needed += 2 * num_rows * (embed_dim * np.dtype(settings.dtype).itemsize + 20)  # spool and artifact
+        needed += num_rows * (settings.views * embed_dim * np.dtype(settings.dtype).itemsize + 20)
     check_output(settings.out, needed, replaceable=settings.overwrite)
 
 
-def _check_finite(embeddings: NDArray[np.float32], rows: NDArray[np.int64], settings: ExtractSettings) -> None:
-    finite = np.isfinite(embeddings).all(axis=1)
-    if not finite.all():
-        raise PipelineError(
-            f"{settings.teacher}: the embedding of row {rows[~finite][0]} has values that are not finite. "
-            "Try --precision float32; if that does not help, the teacher's weights are damaged."
-        )
-
-
-def _manifest(teacher: "Teacher", data: Labelled, sampling: SamplingInfo) -> Manifest:
+def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad: int) -> Manifest:
+    settings, data = embedder.settings, embedder.data
+    if num_bad:
+        LOGGER.info("%d images could not be decoded and were left out.", num_bad)
+    rendered = settings.views > 1
     return Manifest(
-        teacher=teacher.info,
-        data_set=DataSetInfo(
-            name=data.name,
-            config=data.settings.config,
-            revision=data.revision,
-            split=data.settings.split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            rows=data.num_rows_before_limit,
-            classes_named=data.classes_named,
-            licence=data.licence,
+        teacher=embedder.teacher.info,
+        data_set=_data_set_info(data),
+        preprocessing=embedder.teacher.preprocess.describe(),
+        sampling=SamplingInfo(
+            per_class=settings.images_per_class(),
+            limit=settings.data.limit,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            views=settings.views,
+            view_size=settings.view_size if rendered else None,
+            views_version=VIEWS_VERSION if rendered else None,
+            short_classes=chosen.short_classes,
+            skipped_images=num_bad,
+            images_sha256=assembled.images_sha256,
         ),
-        preprocessing=teacher.preprocess.describe(),
-        sampling=sampling,
+        head=assembled.head.info(),
         classes=data.class_names,
         software=software_versions(_SOFTWARE),
+    )
+
+
+def _data_set_info(data: Labelled) -> DataSetInfo:
+    return DataSetInfo(
+        name=data.name,
+        config=data.settings.config,
+        revision=data.revision,
+        split=data.settings.split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        rows=data.num_rows_before_limit,
+        classes_named=data.classes_named,
+        licence=data.licence,
     )

@@ -1,0 +1,169 @@
+"""What an extraction has finished so far: a folder of chunks beside the artifact, and the settings behind them.
+
+A chunk is a run of rows, cut before any process is told of it, so that its bytes depend neither on how often an
+extraction was interrupted nor on how many processes share it. Every chunk is written whole (temporary file,
+fsync, rename) and named by its own SHA-256, so that a damaged one is found and made again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import PipelineError
+
+PARTIAL_VERSION = 1
+_SETTINGS = "settings.json"
+_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.npy")
+_MAX_SETTINGS_BYTES = 1024 * 1024
+
+Chunk = NDArray[np.void]
+
+
+def chunk_dtype(views: int, embed_dim: int) -> np.dtype[np.void]:
+    """Return the type of one embedded image: its row in the data set, sample key, class row, and embeddings.
+
+    Embeddings are float32 whatever the artifact will hold: statistics and head are made of these.
+    """
+    return np.dtype([("row", "<i8"), ("key", "u1", (16,)), ("label", "<i8"), ("embedding", "<f4", (views, embed_dim))])
+
+
+class PartialFolder:
+    """The finished chunks of one extraction, in `OUT.partial/`."""
+
+    def __init__(self, out: Path) -> None:
+        """Name the folder; nothing is touched.
+
+        Args:
+            out: the artifact that is being made.
+        """
+        self.path = out.with_name(out.name + ".partial")
+
+    def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
+        """Make the folder, or take up one that was made with the same settings.
+
+        Args:
+            settings: all that decides what the chunks contain, as plain JSON.
+            overwrite: throw away what other settings left.
+
+        Returns:
+            How many finished chunks stand in it.
+
+        Raises:
+            PipelineError: other settings made it, or another version of the program; the fields that differ are named.
+        """
+        wanted = {"partial_version": PARTIAL_VERSION, **settings}
+        if self.path.exists():
+            found = self._read_settings()
+            differing = _differences(wanted, found)
+            if not differing:
+                return len(self.finished())
+            if not overwrite:
+                raise PipelineError(
+                    f"{self.path}: an interrupted extraction with other settings ({'; '.join(differing[:3])}). "
+                    "Give the same command to go on with it, or pass --overwrite to start anew."
+                )
+            self.remove()
+        self.path.mkdir()
+        _write_whole(self.path / _SETTINGS, json.dumps(wanted, indent=2, sort_keys=True).encode())
+        return 0
+
+    def finished(self) -> dict[int, Path]:
+        """Return the file of every finished chunk, by its index."""
+        named = {path: _NAME.fullmatch(path.name) for path in sorted(self.path.iterdir())}
+        return {int(match.group(1)): path for path, match in named.items() if match}
+
+    def save(self, index: int, chunk: Chunk) -> None:
+        """Write a finished chunk.
+
+        Args:
+            index: which chunk.
+            chunk: [R] of `chunk_dtype`; may be empty, where no image could be decoded.
+
+        Raises:
+            PipelineError: the disk is full or cannot be written to.
+        """
+        digest = hashlib.sha256(chunk.tobytes()).hexdigest()
+        temporary = self.path / f".{index:08d}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, chunk, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / f"{index:08d}-{digest}.npy")
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise PipelineError(
+                f"{self.path}: cannot be written to ({error.strerror}). What is finished stays: make room, and give "
+                "the same command again."
+            ) from None
+
+    def load(self, index: int, dtype: np.dtype[np.void]) -> Chunk | None:
+        """Map a finished chunk.
+
+        Args:
+            index: which chunk.
+            dtype: of one of its records.
+
+        Returns:
+            [R], read-only; none where the chunk is not there, or damaged, in which case it is removed.
+        """
+        path = self.finished().get(index)
+        if path is None:
+            return None
+        try:
+            chunk: Chunk = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            chunk = np.empty(0, "V1")
+        digest = path.name.split("-")[1].removesuffix(".npy")
+        if chunk.dtype != dtype or chunk.ndim != 1 or hashlib.sha256(chunk.tobytes()).hexdigest() != digest:
+            path.unlink()
+            return None
+        return chunk
+
+    def is_empty(self) -> bool:
+        """Tell whether the folder is there, without a finished chunk."""
+        return self.path.is_dir() and not self.finished()
+
+    def remove(self) -> None:
+        """Remove the folder and all chunks."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            raw = (self.path / _SETTINGS).read_bytes()[:_MAX_SETTINGS_BYTES]
+            settings = json.loads(raw)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise PipelineError(
+                f"{self.path}: its {_SETTINGS} cannot be read ({type(error).__name__}). Remove the folder."
+            ) from None
+        return settings if isinstance(settings, dict) else {}
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    names = sorted(set(wanted) | set(found))
+    return [
+        f"{name} was {json.dumps(found.get(name))}, is {json.dumps(wanted.get(name))}"
+        for name in names
+        if json.dumps(found.get(name), sort_keys=True) != json.dumps(wanted.get(name), sort_keys=True)
+    ]

@@ -1,0 +1,123 @@
+"""Finished chunks: kept whole, taken up again by the same settings only."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
+
+DTYPE = chunk_dtype(2, 3)
+SETTINGS = {"seed": 0, "teacher": {"name": "t"}}
+
+
+def make_chunk(length: int, seed: int = 0) -> Chunk:
+    chunk = np.zeros(length, DTYPE)
+    chunk["embedding"] = np.random.default_rng(seed).standard_normal((length, 2, 3))
+    chunk["row"] = np.arange(length)
+    return chunk
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> PartialFolder:
+    folder = PartialFolder(tmp_path / "a.safetensors")
+    assert folder.open(SETTINGS, overwrite=False) == 0
+    return folder
+
+
+def refusal(partial: PartialFolder, settings: dict[str, object]) -> str:
+    with pytest.raises(PipelineError) as error:
+        partial.open(settings, overwrite=False)
+    return str(error.value)
+
+
+def test_chunks_come_back_as_they_were(partial: PartialFolder) -> None:
+    for index, length in ((0, 5), (7, 1), (3, 0)):
+        partial.save(index, make_chunk(length, index))
+    assert sorted(partial.finished()) == [0, 3, 7]
+    for index, length in ((0, 5), (7, 1), (3, 0)):
+        loaded = partial.load(index, DTYPE)
+        assert loaded is not None
+        assert loaded.tobytes() == make_chunk(length, index).tobytes()
+    assert partial.load(1, DTYPE) is None
+
+
+def test_the_same_settings_take_it_up(partial: PartialFolder) -> None:
+    partial.save(0, make_chunk(2))
+    assert partial.open(SETTINGS, overwrite=False) == 1
+    assert partial.open(SETTINGS, overwrite=True) == 1
+
+
+def test_other_settings_are_refused_with_the_fields_that_differ(partial: PartialFolder) -> None:
+    partial.save(0, make_chunk(2))
+    assert refusal(partial, {"seed": 1, "teacher": {"name": "u"}}) == (
+        f"{partial.path}: an interrupted extraction with other settings (seed was 0, is 1; "
+        'teacher was {"name": "t"}, is {"name": "u"}). Give the same command to go on with it, or pass '
+        "--overwrite to start anew."
+    )
+    assert len(partial.finished()) == 1
+    assert partial.open({"seed": 1}, overwrite=True) == 0
+    assert partial.finished() == {}
+
+
+def test_another_version_is_refused(partial: PartialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.extract.partial.PARTIAL_VERSION", 2)
+    assert "(partial_version was 1, is 2)" in refusal(partial, SETTINGS)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_unreadable_settings_are_one_line(partial: PartialFolder, content: bytes) -> None:
+    (partial.path / "settings.json").write_bytes(content)
+    message = refusal(partial, SETTINGS)
+    assert message.startswith(f"{partial.path}: its settings.json cannot be read (")
+    assert message.endswith("). Remove the folder.")
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b"3"])
+def test_a_folder_without_settings_is_not_ours(partial: PartialFolder, content: bytes | None) -> None:
+    (partial.path / "settings.json").unlink()
+    if content is not None:
+        (partial.path / "settings.json").write_bytes(content)
+    assert "an interrupted extraction with other settings" in refusal(partial, SETTINGS)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other type", "pickle"])
+def test_a_damaged_chunk_is_removed(partial: PartialFolder, damage: str) -> None:
+    partial.save(0, make_chunk(5))
+    path = partial.finished()[0]
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+    elif damage == "other type":
+        np.save(path, np.zeros(5), allow_pickle=False)
+        content = bytearray(path.read_bytes())
+    elif damage == "pickle":
+        np.save(path, np.array([{}], object), allow_pickle=True)
+        content = bytearray(path.read_bytes())
+    path.write_bytes(content[: {"cut": 200, "empty": 0}.get(damage, len(content))])
+    assert partial.load(0, DTYPE) is None
+    assert partial.finished() == {}
+
+
+def test_a_disk_that_is_full_says_how_to_go_on(partial: PartialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(PipelineError) as error:
+        partial.save(0, make_chunk(1))
+    assert str(error.value) == (
+        f"{partial.path}: cannot be written to (No space left on device). What is finished stays: make room, and give "
+        "the same command again."
+    )
+    assert [path.name for path in partial.path.iterdir()] == ["settings.json"]
+
+
+def test_it_goes_as_a_whole(partial: PartialFolder) -> None:
+    assert partial.is_empty()
+    partial.save(0, make_chunk(1))
+    assert not partial.is_empty()
+    partial.remove()
+    assert not partial.path.exists()
+    assert not partial.is_empty()
