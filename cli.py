@@ -103,7 +103,9 @@ def cli() -> None:
     help="random images in each class  [default: 100; all with --samples]",
 )
 @click.option("--samples", is_flag=True, help="also store the embedding of each image")
-@click.option("--views", type=click.IntRange(min=1), default=1, help="embeddings a sample; 1… are of augmented views")
+@click.option(
+    "--views", type=click.IntRange(min=1), default=1, help="embeddings a sample, all but the first of augmented views"
+)
 @click.option("--view-size", type=click.IntRange(min=1), default=224, help="side of an augmented view, in pixels")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
 @click.option(
@@ -119,7 +121,7 @@ def cli() -> None:
 @click.option(
     "--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 without CUDA, else up to 8]"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="of the choice of images")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="of the choice of images, and of views")
 @_overwrite_option
 @_json_option
 @_version_option

@@ -17,7 +17,7 @@ from store.errors import (
 from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo, TeacherInfo, TensorInfo
 from store.merge import MergeResult, merge_artifacts
 from store.pairs import pairs_sha256, sort_pairs
-from store.quantize import sample_embeddings
+from store.quantize import check_fits, sample_embeddings
 from store.ridge import RidgeHead, fit_ridge
 from store.statistics import ClassStatistics
 from store.summary import Summary, summarise
@@ -48,6 +48,7 @@ __all__ = [
     "TeacherInfo",
     "TensorInfo",
     "check_destination",
+    "check_fits",
     "convert_artifact",
     "fit_ridge",
     "merge_artifacts",

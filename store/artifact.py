@@ -264,7 +264,8 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bo
         gzip: whether it is to be compressed.
 
     Raises:
-        StoreError: it has another suffix, is a folder, exists, or cannot be compressed.
+        StoreError: it has another suffix, is a folder or exists, its folder is missing or not writable, or it cannot
+                be compressed.
     """
     path = Path(path)
     backend_of(path)
@@ -276,6 +277,8 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bo
         raise ArtifactWriteError(f"{path}: is a folder. Choose another --out.")
     if not path.absolute().parent.is_dir():
         raise ArtifactWriteError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ArtifactWriteError(f"{path}: the folder {path.parent} is not writable. Choose another --out.")
     if exists and not overwrite:
         raise ArtifactWriteError(f"{path}: exists. Choose another --out, or pass --overwrite.")
     if gzip and path.suffix == ".safetensors":

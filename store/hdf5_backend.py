@@ -163,7 +163,7 @@ def _create(file: h5py.File, name: str, info: TensorInfo, *, compress: bool) -> 
             "chunks": (rows, *info.shape[1:]),
             "compression": "gzip",
             "compression_opts": _GZIP_LEVEL,
-            "shuffle": dtype.itemsize > 1,  # saves 14 % of float16 noise rather than 8 %, and inflates faster
+            "shuffle": dtype.itemsize > 1,  # in a trial 14 % of float16 noise rather than 8 %, and faster to inflate
         }
     return file.create_dataset(name, shape=info.shape, dtype=dtype, track_times=False, **layout)
 

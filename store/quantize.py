@@ -64,6 +64,25 @@ def sample_embeddings(artifact: "Artifact", rows: NDArray[np.integer]) -> NDArra
     return decode_embeddings(stored, artifact.gather("sample/scale", rows) if stored.dtype == np.int8 else None)
 
 
+def check_fits(embeddings: NDArray[np.float32], dtype: str) -> None:
+    """Check that embeddings can be stored in a type.
+
+    Args:
+        embeddings: of any shape.
+        dtype: `float32`, `float16`, or `int8`.
+
+    Raises:
+        ArtifactWriteError: a value does not fit: never is infinity written.
+    """
+    # As Python's floats: numpy would compare in float16, and warn of the overflow.
+    largest = float(np.abs(embeddings).max(initial=0))
+    limit = _LARGEST * LARGEST_SCALE if dtype == "int8" else float(np.finfo(dtype).max)
+    if largest > limit:
+        raise ArtifactWriteError(
+            f"an embedding reaches {largest:.4g}, {dtype} ends at {limit:.4g}. Pass --dtype float32."
+        )
+
+
 def encode_embeddings(embeddings: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     """Convert embeddings to the type in which they will be stored.
 
@@ -77,9 +96,5 @@ def encode_embeddings(embeddings: NDArray[np.float32], dtype: str) -> NDArray[np
     Raises:
         ArtifactWriteError: a value does not fit: never is infinity written.
     """
-    # As Python's floats: numpy would compare in float16, and warn of the overflow.
-    largest = float(np.abs(embeddings).max(initial=0))
-    limit = _LARGEST * LARGEST_SCALE if dtype == "int8" else float(np.finfo(dtype).max)
-    if largest > limit:
-        raise ArtifactWriteError(f"an embedding reaches {largest:.4g}, {dtype} ends at {limit:.4g}. Choose float32.")
+    check_fits(embeddings, dtype)
     return quantize(embeddings, row_scales(embeddings)) if dtype == "int8" else embeddings.astype(dtype)

@@ -84,6 +84,7 @@ def test_the_public_names_of_the_store_are_these() -> None:
         "TeacherInfo",
         "TensorInfo",
         "check_destination",
+        "check_fits",
         "convert_artifact",
         "fit_ridge",
         "merge_artifacts",

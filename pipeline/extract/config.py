@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.data import DataSettings
 from pipeline.runtime import Precision
@@ -38,6 +38,12 @@ class ExtractSettings(BaseModel):
     workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
     seed: int = Field(default=0, ge=0, lt=2**63)
     overwrite: bool = False
+
+    @model_validator(mode="after")
+    def _views_are_of_samples(self) -> "ExtractSettings":
+        if self.views > 1 and not self.samples:
+            raise ValueError("views are of samples, and without --samples none is stored: pass --samples, or --views 1")
+        return self
 
     def images_per_class(self) -> int | None:
         """Return how many images of each class to embed; none means all of them."""

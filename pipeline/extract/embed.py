@@ -15,6 +15,7 @@ from pipeline.extract.config import ExtractSettings
 from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
 from pipeline.progress import LOGGER, ProgressBar
 from pipeline.runtime import batch_must_fit
+from store import check_fits
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
@@ -88,6 +89,7 @@ class Embedder:
 
         Raises:
             PipelineError: an image is bad, memory or the disk ran out; what is finished stays.
+            StoreError: an embedding does not fit the dtype.
         """
         fits = batch_must_fit(self.settings.batch_size, "the teacher")
         with ProgressBar("embedding", max(1, self.plan.num_images(indices))) as bar, _workers_must_live(), fits:
@@ -119,14 +121,8 @@ class Embedder:
                 f"{self.settings.teacher}: the embedding of row {records['row'][~finite][0]} has values that are not "
                 "finite. Try --precision float32; if that does not help, the teacher's weights are damaged."
             )
-        if not self.settings.samples:
-            return
-        # As Python's floats: numpy would compare in float16, and warn of the overflow.
-        largest, limit = float(np.abs(records["embedding"]).max()), float(np.finfo(self.settings.dtype).max)
-        if largest > limit:
-            raise PipelineError(
-                f"an embedding reaches {largest:.4g}, {self.settings.dtype} ends at {limit:.4g}. Pass --dtype float32."
-            )
+        if self.settings.samples:
+            check_fits(records["embedding"], self.settings.dtype)  # now, not when all hours are spent
 
 
 @contextmanager

@@ -62,8 +62,7 @@ class PartialFolder:
         """
         wanted = {"partial_version": PARTIAL_VERSION, **settings}
         if self.path.exists():
-            found = self._read_settings()
-            differing = _differences(wanted, found)
+            differing = _differences(wanted, self._read_settings())
             if not differing:
                 return len(self.finished())
             if not overwrite:
@@ -75,6 +74,27 @@ class PartialFolder:
         self.path.mkdir()
         _write_whole(self.path / _SETTINGS, json.dumps(wanted, indent=2, sort_keys=True).encode())
         return 0
+
+    def join(self, settings: Mapping[str, Any]) -> None:
+        """Check that the folder that another process opened is this one's, too.
+
+        Args:
+            settings: as for `open`.
+
+        Raises:
+            PipelineError: it is not here, or that process sees another teacher or other data.
+        """
+        if not self.path.exists():
+            raise PipelineError(
+                f"{self.path}: is not on this machine. Processes on several machines need --out in a folder that all "
+                "of them share."
+            )
+        differing = _differences({"partial_version": PARTIAL_VERSION, **settings}, self._read_settings())
+        if differing:
+            raise PipelineError(
+                f"{self.path}: this process does not see what the first one sees ({'; '.join(differing[:3])}). Give "
+                "all of them the same teacher, data and versions."
+            )
 
     def finished(self) -> dict[int, Path]:
         """Return the file of every finished chunk, by its index."""

@@ -80,7 +80,6 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     """
     start = time.monotonic()
     check_destination(settings.out, overwrite=settings.overwrite)
-    check_output(settings.out, 0, replaceable=settings.overwrite)
     processes, device = join_processes(resolve_device(settings.device))
     data = load_labelled(settings.data)
     per_class = settings.images_per_class()
@@ -96,7 +95,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     plan = make_plan(chosen.rows, settings.batch_size)
     embedder = Embedder(settings, data, teacher, rendering, plan, _num_workers(settings, device))
     partial = PartialFolder(settings.out)
-    with _keep_if_worthwhile(partial):
+    with _keep_if_worthwhile(partial, processes):
         num_resumed, embed_seconds = _embed_share(embedder, partial, processes, _what_decides(embedder, chosen))
         if not processes.is_main:
             raise ShareDone
@@ -127,7 +126,8 @@ def _embed_share(
     if processes.is_main:
         partial.open(decides, overwrite=embedder.settings.overwrite)
     processes.wait()
-    partial.open(decides, overwrite=False)  # the others: do they see the same data and teacher?
+    if not processes.is_main:
+        partial.join(decides)
     finished = partial.finished()
     processes.wait()  # nobody adds to the list before all have read it
     indices = range(len(embedder.plan.chunks))
@@ -141,12 +141,13 @@ def _embed_share(
 
 
 @contextmanager
-def _keep_if_worthwhile(partial: PartialFolder) -> Iterator[None]:
+def _keep_if_worthwhile(partial: PartialFolder, processes: Processes) -> Iterator[None]:
     """After a failure, say how to go on, or remove a folder without a finished chunk."""
+    if not processes.is_main:  # the others may still be at work in it
+        yield
+        return
     try:
         yield
-    except ShareDone:
-        raise
     except BaseException:
         if partial.is_empty():
             partial.remove()

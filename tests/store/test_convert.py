@@ -160,7 +160,7 @@ def test_an_overflow_is_an_error_and_leaves_nothing(path: Path, source: str) -> 
     extract(path, images, dtype=source)
     kind, message = refused(path, path.with_name("out.h5"), Conversion("float16"))
     assert kind is store.ArtifactWriteError
-    assert message == f"{path.name}: an embedding reaches 7e+04, float16 ends at 6.55e+04. Choose float32."
+    assert message == f"{path.name}: an embedding reaches 7e+04, float16 ends at 6.55e+04. Pass --dtype float32."
     refused(path, path, Conversion("float16"), overwrite=True)
 
 

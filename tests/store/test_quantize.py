@@ -112,9 +112,9 @@ def test_the_largest_row_decodes_to_finite_numbers() -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "message"),
     [
-        ("float16", 65505, "an embedding reaches 6.55e+04, float16 ends at 6.55e+04. Choose float32."),
-        ("float16", -1e6, "an embedding reaches 1e+06, float16 ends at 6.55e+04. Choose float32."),
-        ("int8", FLOAT32.max, "an embedding reaches 3.403e+38, int8 ends at 3.376e+38. Choose float32."),
+        ("float16", 65505, "an embedding reaches 6.55e+04, float16 ends at 6.55e+04. Pass --dtype float32."),
+        ("float16", -1e6, "an embedding reaches 1e+06, float16 ends at 6.55e+04. Pass --dtype float32."),
+        ("int8", FLOAT32.max, "an embedding reaches 3.403e+38, int8 ends at 3.376e+38. Pass --dtype float32."),
     ],
 )
 def test_what_does_not_fit_is_refused(dtype: str, value: float, message: str) -> None:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from pipeline.data import DataSettings
 from pipeline.errors import describe_problems
 from pipeline.extract import ExtractSettings
 
@@ -60,3 +62,8 @@ def test_settings_do_not_change() -> None:
 def test_the_stage_is_imported_without_the_library_of_teachers() -> None:
     command = "import sys, pipeline.extract; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], check=True)
+
+
+def test_views_without_samples_are_refused() -> None:
+    with pytest.raises(ValidationError, match="pass --samples, or --views 1"):
+        ExtractSettings(teacher="t", data=DataSettings(dataset="d"), out=Path("a.h5"), views=2)

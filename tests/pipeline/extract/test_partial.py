@@ -114,6 +114,20 @@ def test_a_disk_that_is_full_says_how_to_go_on(partial: PartialFolder, monkeypat
     assert [path.name for path in partial.path.iterdir()] == ["settings.json"]
 
 
+def test_other_processes_must_see_the_same(partial: PartialFolder) -> None:
+    partial.join(SETTINGS)
+    with pytest.raises(PipelineError) as error:
+        partial.join({"seed": 1, "teacher": {"name": "t"}})
+    assert str(error.value) == (
+        f"{partial.path}: this process does not see what the first one sees (seed was 0, is 1). Give all of them the "
+        "same teacher, data and versions."
+    )
+    partial.remove()
+    with pytest.raises(PipelineError, match="is not on this machine"):
+        partial.join(SETTINGS)
+    assert not partial.path.exists()
+
+
 def test_it_goes_as_a_whole(partial: PartialFolder) -> None:
     assert partial.is_empty()
     partial.save(0, make_chunk(1))

@@ -17,7 +17,7 @@ from pipeline.data import DataSettings
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings, extract
 from pipeline.extract.partial import PartialFolder
-from pipeline.extract.processes import join_processes
+from pipeline.extract.processes import Processes, join_processes
 from pipeline.extract.teacher import Teacher
 
 ROOT = Path(__file__).parents[3]
@@ -139,6 +139,20 @@ def test_one_process_is_the_main_one() -> None:
     processes, device = join_processes(torch.device("cpu"))
     processes.wait()
     assert (processes.is_main, processes.count, device.type) == (True, 1, "cpu")
+
+
+def test_a_process_that_fails_leaves_the_folder_to_the_first(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = Processes(1, 2)
+    monkeypatch.setattr("pipeline.extract.run.join_processes", lambda device: (second, device))
+    with pytest.raises(PipelineError, match="is not on this machine"):
+        extract(settings())
+    folder = PartialFolder(settings().out)
+    folder.path.mkdir()
+    with pytest.raises(PipelineError, match="does not see what the first one sees"):
+        extract(settings())
+    assert folder.path.exists()
 
 
 LAUNCHED = """
