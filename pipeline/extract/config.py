@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pipeline.data import DataSettings
 from pipeline.runtime import Precision
@@ -26,9 +26,9 @@ class ExtractSettings(BaseModel):
     per_class: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         default=None, description="random images in each class; none: 100, or all where samples are stored"
     )
+    samples: bool = Field(default=False, description="also store the embedding of each image")
     views: int = Field(default=1, ge=1, description="embeddings of each sample; view 0 is the image itself")
     view_size: int = Field(default=224, ge=1, description="side of a rendered view, in pixels")
-    samples: bool = Field(default=False, description="also store the embedding of each image")
     dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
     pooling: Pooling = "auto"
     skip_bad: bool = False
@@ -39,11 +39,12 @@ class ExtractSettings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     overwrite: bool = False
 
-    @model_validator(mode="after")
-    def _views_are_of_samples(self) -> "ExtractSettings":
-        if self.views > 1 and not self.samples:
-            raise ValueError("views are of samples, and without --samples none is stored: pass --samples, or --views 1")
-        return self
+    @field_validator("views")
+    @classmethod
+    def _views_are_of_samples(cls, views: int, known: ValidationInfo) -> int:
+        if views > 1 and not known.data.get("samples"):
+            raise ValueError("views are of samples, and none is stored: pass --samples, or --views 1")
+        return views
 
     def images_per_class(self) -> int | None:
         """Return how many images of each class to embed; none means all of them."""
