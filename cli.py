@@ -25,6 +25,16 @@ def _example(*lines: str) -> str:
     return "\b\nExample:\n  " + " \\\n      ".join(lines)
 
 
+class _Rows(click.ParamType[Any]):
+    name = "A:B"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        first, colon, end = value.partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+            self.fail(f"{value!r} is not A:B with 0 ≤ A < B, such as 0:25000.", param, ctx)
+        return int(first), int(end)
+
+
 class _PerClass(click.ParamType[Any]):
     name = "N|all"
 
@@ -102,6 +112,7 @@ def cli() -> None:
     metavar="N|all",
     help="random images in each class  [default: 100; all with --samples]",
 )
+@click.option("--rows", type=_Rows(), metavar="A:B", help="only rows A to B - 1, to be merged with the other parts")
 @click.option("--samples", is_flag=True, help="also store the embedding of each image")
 @click.option(
     "--views", type=click.IntRange(min=1), default=1, help="embeddings a sample, all but the first of augmented views"
@@ -114,8 +125,11 @@ def cli() -> None:
     default="auto",
     help="how one embedding is taken; auto: [CLS], or pooled where there is none",
 )
+@click.option("--report-split", metavar="NAME", help="split to measure accuracies on  [default: a held-out fifth]")
 @_skip_bad_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="images in a forward pass")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="images in a forward pass  [default: 16 on a CPU, 128 with CUDA]"
+)
 @_precision_option
 @_device_option
 @click.option(

@@ -7,7 +7,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,20 @@ class Labelled:
     def licence(self) -> str | None:
         """What the data set's own metadata says of its licence."""
         return self.rows.info.license or None
+
+    def of_classes(self, indices: NDArray[np.int64]) -> "Labelled":
+        """Keep some classes only; a row of another class stays, with the label −1.
+
+        Args:
+            indices: of the classes, ascending.
+
+        Returns:
+            The same rows, whose labels are places in `indices`.
+        """
+        place = np.full(len(self.class_names), -1)
+        place[indices] = np.arange(len(indices))
+        names = tuple(self.class_names[index] for index in indices.tolist())
+        return replace(self, labels=place[self.labels], class_names=names)
 
     def read(self, indices: Sequence[int]) -> list[Image.Image | BadImageError]:
         """Decode some images.

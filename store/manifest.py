@@ -76,6 +76,11 @@ class SamplingInfo(_Record):
     per_class: int | None = Field(ge=1, description="images asked for in each class; none: all")
     limit: int | None = Field(default=None, ge=1, description="rows kept before sampling; none: all")
     seed: int = Field(ge=0)
+    rows: tuple[int, int] | None = Field(
+        default=None,
+        strict=False,
+        description="first row of the split that was looked at, and the one after the last; absent where all were",
+    )
     batch_size: int = Field(ge=1)
     views: int = Field(default=1, ge=1, description="renderings of each image; view 0 is the image itself")
     view_size: int | None = Field(default=None, ge=1, description="side of an augmented view, in pixels")
@@ -152,6 +157,9 @@ class Manifest(_Record):
         for name in ("head", "sources"):
             if not document[name]:
                 del document[name]
+        for sampling in (document["sampling"], *(source["sampling"] for source in document.get("sources", ()))):
+            if sampling["rows"] is None:
+                del sampling["rows"]
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
         return text.encode("utf-8")
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -186,10 +187,17 @@ class _Merge:
             for number, rows in zip(asked_of_each, self.class_rows, strict=True):
                 asked[rows] += number
             per_class = int(asked.max())
-        limits = {part.limit for part in parts}
+        part: tuple[int, int] | None = None
+        if limits := _parts_of_one(self.artifacts):  # each was asked for its share of the same choice
+            per_class = parts[0].per_class
+            whole = (0, self.artifacts[0].manifest.data_set.rows)
+            if all(one[1] == other[0] for one, other in pairwise(limits)) and (limits[0][0], limits[-1][1]) != whole:
+                part = (limits[0][0], limits[-1][1])
+        kept = {part.limit for part in parts}
         return SamplingInfo(
             per_class=per_class,
-            limit=limits.pop() if len(limits) == 1 else None,
+            rows=part,
+            limit=kept.pop() if len(kept) == 1 else None,
             seed=parts[0].seed,
             batch_size=max(part.batch_size for part in parts),
             views=parts[0].views,
@@ -223,6 +231,21 @@ def sources_of(artifact: Artifact) -> tuple[SourceInfo, ...]:
     return (
         SourceInfo(manifest_sha256=artifact.manifest_sha256, data_set=manifest.data_set, sampling=manifest.sampling),
     )
+
+
+def _parts_of_one(artifacts: Sequence[Artifact]) -> list[tuple[int, int]]:
+    """Return the rows of each artifact, sorted, if they are different rows of one choice among one split's images."""
+    first, limits = artifacts[0].manifest, []
+    for artifact in artifacts:
+        manifest, rows = artifact.manifest, artifact.manifest.sampling.rows
+        alike = manifest.data_set == first.data_set and all(
+            getattr(manifest.sampling, name) == getattr(first.sampling, name) for name in ("per_class", "limit", "seed")
+        )
+        if rows is None or not alike:
+            return []
+        limits.append(rows)
+    limits.sort()
+    return limits if all(one[1] <= other[0] for one, other in pairwise(limits)) else []
 
 
 def _check_alike(first: Artifact, other: Artifact) -> None:

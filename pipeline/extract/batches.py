@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,7 @@ class Batch:
     """Some images, ready for the teacher.
 
     `rows` [B] are those that could be decoded, `keys` [B, 16] uint8 their sample keys, `pixels` for each view
-    their float32 [B, 3, height, width] (no view where B is 0). `bad` has an error for each of the others.
+    their [B, 3, height, width] (no view where B is 0). `bad` has an error for each of the others.
     """
 
     rows: NDArray[np.int64]
@@ -31,52 +31,67 @@ class Batch:
     pixels: list[torch.Tensor]
     bad: list[BadImageError]
 
+    def pin_memory(self) -> "Batch":
+        """Move the pixels to where a GPU copies them from while it computes; DataLoader asks for it by this name."""
+        return replace(self, pixels=[pixels.pin_memory() for pixels in self.pixels])
+
 
 @dataclass(frozen=True)
 class Rendering:
-    """How an image becomes what the teacher sees: its views, and the teacher's own image processor."""
+    """How an image becomes what the teacher sees: its views, the teacher's own image processor, and its precision."""
 
     preprocess: "Preprocess"
     views: int = 1
     view_size: int = 224
     seed: int = 0
+    precision: torch.dtype = torch.float32
 
-    def __call__(self, images: list[Image.Image], keys: list[bytes]) -> list[torch.Tensor]:
-        """Return, for each view, the pixels of all images."""
-        rendered = (
+    def render(self, images: list[Image.Image], keys: list[bytes]) -> list[list[Image.Image]]:
+        """Return all images as each view shows them."""
+        return [
             [
                 render_view(image, key, view, seed=self.seed, view_size=self.view_size)
                 for image, key in zip(images, keys, strict=True)
             ]
             for view in range(self.views)
-        )
-        return [self.preprocess(view) for view in rendered] if images else []
+        ]
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    rows: NDArray[np.int64]
+    keys: list[bytes]
+    views: list[list[Image.Image]]
+    bad: list[BadImageError]
 
 
 def read_batches(
-    data: Labelled, cuts: Sequence[NDArray[np.int64]], rendering: Rendering, num_workers: int
+    data: Labelled, cuts: Sequence[NDArray[np.int64]], rendering: Rendering, num_workers: int, *, pin: bool = False
 ) -> Iterator[Batch]:
-    """Read rows in order, a batch at a time.
+    """Read rows in order, a batch at a time, ahead of who asks for them.
 
     Args:
         data: the data set.
         cuts: for each batch, which rows of the data.
         rendering: what becomes of an image.
-        num_workers: processes that read ahead; 0 reads in a thread of this one.
+        num_workers: processes that decode and preprocess. With 0, a thread of this process decodes the next batch,
+            and the image processor runs when that batch is asked for: where the teacher computes on every core, two
+            teams of threads at once would wait for each other.
+        pin: put pixels where a GPU copies them from while it computes.
 
     Yields:
         The batches, in the order of `cuts` whatever the number of workers.
     """
     reader = _Reader(data, cuts, rendering)
     if num_workers:
-        yield from DataLoader(reader, batch_size=None, num_workers=num_workers)
+        yield from DataLoader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
-        read: Future[Batch] | None = None
+        read: Future[_Decoded] | None = None
         for index in range(len(cuts) + 1):
-            following = thread.submit(reader.__getitem__, index) if index < len(cuts) else None
+            following = thread.submit(reader.decode, index) if index < len(cuts) else None
             if read is not None:
-                yield read.result()
+                yield reader.preprocess(read.result())
             read = following
 
 
@@ -88,6 +103,9 @@ class _Reader(Dataset[Batch]):
         return len(self._cuts)
 
     def __getitem__(self, index: int) -> Batch:
+        return self.preprocess(self.decode(index))
+
+    def decode(self, index: int) -> _Decoded:
         rows = self._cuts[index]
         read = self._data.read(rows.tolist())
         # Errors travel as values: a worker process would wrap a raised one in a traceback.
@@ -95,5 +113,12 @@ class _Reader(Dataset[Batch]):
         images = [image for image in read if not isinstance(image, BadImageError)]
         decoded = np.array([not isinstance(image, BadImageError) for image in read])
         keys = [sample_key(image) for image in images]
-        pixels = self._rendering(images, keys)
-        return Batch(rows[decoded], np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), pixels, bad)
+        return _Decoded(rows[decoded], keys, self._rendering.render(images, keys), bad)
+
+    def preprocess(self, decoded: _Decoded) -> Batch:
+        keys = np.frombuffer(b"".join(decoded.keys), np.uint8).reshape(-1, 16)
+        # In the teacher's precision: half of the bytes to carry to a GPU.
+        pixels = [
+            self._rendering.preprocess(view).to(self._rendering.precision) for view in decoded.views if decoded.keys
+        ]
+        return Batch(decoded.rows, keys, pixels, decoded.bad)

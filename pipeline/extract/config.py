@@ -26,13 +26,17 @@ class ExtractSettings(BaseModel):
     per_class: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
         default=None, description="random images in each class; none: 100, or all where samples are stored"
     )
+    rows: tuple[int, int] | None = Field(
+        default=None, description="embed only what stands in rows A to B - 1 of the split, to be merged with the rest"
+    )
     samples: bool = Field(default=False, description="also store the embedding of each image")
     views: int = Field(default=1, ge=1, description="embeddings of each sample; view 0 is the image itself")
     view_size: int = Field(default=224, ge=1, description="side of a rendered view, in pixels")
     dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
+    report_split: str | None = Field(default=None, description="split to measure the report card's accuracies on")
     pooling: Pooling = "auto"
     skip_bad: bool = False
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int | None = Field(default=None, ge=1, description="images in a forward pass; none: by device")
     precision: Precision = "auto"
     device: str = "auto"
     workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
@@ -45,6 +49,13 @@ class ExtractSettings(BaseModel):
         if views > 1 and not known.data.get("samples"):
             raise ValueError("views are of samples, and none is stored: pass --samples, or --views 1")
         return views
+
+    @field_validator("rows")
+    @classmethod
+    def _rows_are_some(cls, rows: tuple[int, int] | None) -> tuple[int, int] | None:
+        if rows is not None and not 0 <= rows[0] < rows[1]:
+            raise ValueError("rows A:B are A to B - 1, with 0 ≤ A < B")
+        return rows
 
     def images_per_class(self) -> int | None:
         """Return how many images of each class to embed; none means all of them."""

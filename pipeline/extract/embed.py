@@ -1,26 +1,36 @@
 """Embed the images of an extraction, chunk by chunk, and keep each finished chunk."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from pipeline.data import Labelled
+from pipeline.data import BadImageError, Labelled, sample_key
 from pipeline.errors import PipelineError
 from pipeline.extract.batches import Batch, Rendering, read_batches
+from pipeline.extract.chunk_writer import ChunkWriter
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
 from pipeline.progress import LOGGER, ProgressBar
 from pipeline.runtime import batch_must_fit
+from pipeline.stopping import StopRequest
 from store import check_fits
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
 
-_CHUNK_IMAGES = 1024  # what a crash costs at most: seconds on a CPU, a moment on a GPU
+# A chunk is what a crash costs: seconds on a CPU, less on a GPU. More images in all make larger ones, so that a folder
+# has thousands of files and not millions; what is in memory before it is written is bounded.
+_CHUNK_IMAGES = 1024
+_MOST_CHUNKS = 4096
+_CHUNK_BYTES = 64 * 1024 * 1024
+# Chunks of an earlier run of which one image is read again, to see that the data are still the same.
+_PROBED_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -37,18 +47,20 @@ class Plan:
         return sum(len(rows) for index in indices for rows in self.chunks[index])
 
 
-def make_plan(rows: NDArray[np.int64], batch_size: int) -> Plan:
-    """Cut rows into batches, and batches into chunks of about a thousand images.
+def make_plan(rows: NDArray[np.int64], batch_size: int, record_bytes: int) -> Plan:
+    """Cut rows into batches, and batches into chunks of about a thousand images, or more where there are millions.
 
     Args:
         rows: [N] of the data set, in order.
         batch_size: rows in a batch; the last may be shorter.
+        record_bytes: size of one embedded image.
 
     Returns:
         The plan.
     """
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    step = max(1, _CHUNK_IMAGES // batch_size)
+    most = max(_CHUNK_IMAGES, _CHUNK_BYTES // record_bytes)
+    step = max(1, min(max(_CHUNK_IMAGES, len(rows) // _MOST_CHUNKS), most) // batch_size)
     return Plan(tuple(tuple(batches[start : start + step]) for start in range(0, len(batches), step)))
 
 
@@ -61,27 +73,56 @@ class Embedder:
     teacher: "Teacher"
     rendering: Rendering
     plan: Plan
+    batch_size: int
     num_workers: int
+    what: str = "embedding"
 
     @property
     def dtype(self) -> np.dtype[np.void]:
         """Type of one record of a chunk."""
         return chunk_dtype(self.rendering.views, self.teacher.info.embed_dim)
 
-    def load(self, index: int, partial: PartialFolder) -> Chunk:
-        """Map a finished chunk; one that was damaged meanwhile is embedded again."""
-        chunk = partial.load(index, self.dtype)
-        while chunk is None:
-            LOGGER.info("Chunk %d is damaged and is embedded again.", index)
-            self.run([index], partial)
-            chunk = partial.load(index, self.dtype)
-        return chunk
+    def load(self, partial: PartialFolder) -> list[Chunk]:
+        """Map all chunks, in order; one that was damaged meanwhile is embedded again."""
+        chunks = []
+        finished = partial.finished()
+        for index in range(len(self.plan.chunks)):
+            chunk = partial.read(finished[index], self.dtype) if index in finished else None
+            while chunk is None:
+                LOGGER.info("Chunk %d is damaged and is embedded again.", index)
+                self.run([index], partial)
+                chunk = partial.read(partial.finished()[index], self.dtype)
+            chunks.append(chunk)
+        return chunks
+
+    def check_same_images(self, partial: PartialFolder) -> None:
+        """Read an image again of some chunks that an earlier run finished.
+
+        Args:
+            partial: where they are.
+
+        Raises:
+            PipelineError: it is another image now.
+        """
+        paths = list(partial.finished().values())
+        for path in paths[:: max(1, len(paths) // _PROBED_CHUNKS)]:
+            chunk = partial.read(path, self.dtype)
+            if chunk is None or len(chunk) == 0:
+                continue
+            row = int(np.flatnonzero(self.data.numbers == chunk["row"][0])[0])
+            (image,) = self.data.read([row])
+            if isinstance(image, BadImageError) or sample_key(image) != chunk["key"][0].tobytes():
+                raise PipelineError(
+                    f"{partial.path}: row {chunk['row'][0]} was another image when it was embedded (sample key "
+                    f"{chunk['key'][0].tobytes().hex()[:12]}…). The data or what decodes them have changed: pass "
+                    "--overwrite to start anew."
+                )
 
     def run(self, indices: Sequence[int], partial: PartialFolder) -> float:
         """Embed some chunks and save each as soon as it is finished.
 
         Args:
-            indices: which chunks.
+            indices: which chunks; what an earlier run began is gone on with.
             partial: where they go.
 
         Returns:
@@ -90,26 +131,47 @@ class Embedder:
         Raises:
             PipelineError: an image is bad, memory or the disk ran out; what is finished stays.
             StoreError: an embedding does not fit the dtype.
+            SystemExit: this process was asked to stop; what is finished stays.
         """
-        fits = batch_must_fit(self.settings.batch_size, "the teacher")
-        with ProgressBar("embedding", max(1, self.plan.num_images(indices))) as bar, _workers_must_live(), fits:
-            cuts = [rows for index in indices for rows in self.plan.chunks[index]]
-            batches = read_batches(self.data, cuts, self.rendering, self.num_workers)
-            for index in indices:
-                records = [self._embed(next(batches), bar) for _ in self.plan.chunks[index]]
-                partial.save(index, np.concatenate(records))
+        begun = {index: partial.read_begun(*found, self.dtype) for index, found in partial.begun().items()}
+        cuts = [rows for index in indices for rows in self._missing(index, begun)]
+        fits = batch_must_fit(self.batch_size, "the teacher")
+        num_images = sum(len(rows) for rows in cuts)
+        stop = StopRequest("the batch in hand")
+        with ProgressBar(self.what, max(1, num_images)) as bar, stop, _workers_must_live(stop), fits:
+            embedded = self._embed(cuts, bar)
+            with ChunkWriter(partial) as saving:
+                for index in indices:
+                    missing = self._missing(index, begun)
+                    with saving.chunk(index, begun.pop(index, [])) as records:
+                        for _ in missing:
+                            records.append(next(embedded))
+                            stop.obey()
         return bar.seconds
 
-    def _embed(self, batch: Batch, bar: ProgressBar) -> Chunk:
-        if batch.bad and not self.settings.skip_bad:
-            raise batch.bad[0]
+    def _missing(self, index: int, begun: Mapping[int, list[Chunk]]) -> tuple[NDArray[np.int64], ...]:
+        return self.plan.chunks[index][len(begun.get(index, ())) :]
+
+    def _embed(self, cuts: Sequence[NDArray[np.int64]], bar: ProgressBar) -> Iterator[Chunk]:
+        """Yield the records of each batch. A GPU is given the next batch before the last one's result is awaited."""
+        on_gpu = self.teacher.model.device.type == "cuda"
+        launched: deque[tuple[Batch, _Result]] = deque()
+        for batch in read_batches(self.data, cuts, self.rendering, self.num_workers, pin=on_gpu):
+            if batch.bad and not self.settings.skip_bad:
+                raise batch.bad[0]
+            launched.append((batch, _Result([self.teacher.embed(view) for view in batch.pixels])))
+            if len(launched) > on_gpu:
+                yield self._finish(*launched.popleft(), bar)
+        while launched:
+            yield self._finish(*launched.popleft(), bar)
+
+    def _finish(self, batch: Batch, result: "_Result", bar: ProgressBar) -> Chunk:
         records = np.empty(len(batch.rows), self.dtype)
         if len(records):
-            views = [self.teacher.embed(pixels).cpu().numpy() for pixels in batch.pixels]
             records["row"] = self.data.numbers[batch.rows]
             records["key"] = batch.keys
             records["label"] = self.data.labels[batch.rows]
-            records["embedding"] = np.stack(views, axis=1)
+            records["embedding"] = result.wait()
             self._check(records)
         bar.advance(len(batch.rows) + len(batch.bad))
         return records
@@ -125,13 +187,32 @@ class Embedder:
             check_fits(records["embedding"], self.settings.dtype)  # now, not when all hours are spent
 
 
+class _Result:
+    """Embeddings of a batch that a GPU may still be computing."""
+
+    def __init__(self, views: list[torch.Tensor]) -> None:
+        """Take each view's [B, D]; none at all where no image could be decoded."""
+        self._computed: torch.cuda.Event | None = None
+        self._embeddings = [view.to("cpu", non_blocking=view.is_cuda) for view in views]
+        if views and views[0].is_cuda:
+            self._computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._computed.record()
+
+    def wait(self) -> NDArray[np.float32]:
+        """Return [B, V, D]."""
+        if self._computed is not None:
+            self._computed.synchronize()
+        return np.stack([embeddings.numpy() for embeddings in self._embeddings], axis=1)
+
+
 @contextmanager
-def _workers_must_live() -> Iterator[None]:
+def _workers_must_live(stop: StopRequest) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
             raise
+        stop.obey()  # the signal went to the whole process group
         raise PipelineError(
             "a decoding process died, for want of memory or of shared memory (/dev/shm). "
             "Try --workers 0, or a smaller --batch-size."

@@ -17,6 +17,7 @@ from store import fit_ridge
 
 # Graded images, evaluation included. Beyond it intervals are narrower than anybody asks (±0.5 points at 10,000).
 MAX_IMAGES = 50_000
+MAX_HELD_OUT = MAX_IMAGES // NUM_FOLDS
 NUM_CONFUSED = 10
 NUM_DOUBTFUL = 24
 _Z = 1.959963984540054  # the normal distribution has 95 % within ±z
@@ -121,7 +122,7 @@ def _split(images: Embedded, evaluation: Embedded | None) -> _Sides:
         folds = _folds(graded.keys)
         # One image cannot be both fitted on and measured on: it is measured on, and nothing is fitted.
         return _Sides(graded, folds, graded.take(folds > 0), graded.take(folds == 0))
-    held_out = _first_by_key(evaluation, MAX_IMAGES // NUM_FOLDS)
+    held_out = _first_by_key(evaluation, MAX_HELD_OUT)
     graded = _first_by_key(images, MAX_IMAGES - len(held_out))
     measured = {key.tobytes() for key in held_out.keys}
     unseen = np.array([key.tobytes() not in measured for key in graded.keys])

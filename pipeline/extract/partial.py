@@ -1,8 +1,9 @@
 """What an extraction has finished so far: a folder of chunks beside the artifact, and the settings behind them.
 
-A chunk is a run of rows, cut before any process is told of it, so that its bytes depend neither on how often an
+A chunk is a run of batches, cut before any process is told of it, so that its bytes depend neither on how often an
 extraction was interrupted nor on how many processes share it. Every chunk is written whole (temporary file,
-fsync, rename) and named by its own SHA-256, so that a damaged one is found and made again.
+fsync, rename) and named by its own SHA-256, so that a damaged one is found and made again. Who is asked to stop leaves
+the chunk in hand as begun, with so many of its batches.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from pipeline.errors import PipelineError
 
 PARTIAL_VERSION = 1
 _SETTINGS = "settings.json"
-_NAME = re.compile(r"(\d{8})-([0-9a-f]{64})\.npy")
+_FINISHED = re.compile(r"(\d{8})-([0-9a-f]{64})\.npy")
+_BEGUN = re.compile(r"(\d{8})-(\d+)-([0-9a-f]{64})\.begun\.npy")
 _MAX_SETTINGS_BYTES = 1024 * 1024
 
 Chunk = NDArray[np.void]
@@ -36,16 +38,21 @@ def chunk_dtype(views: int, embed_dim: int) -> np.dtype[np.void]:
     return np.dtype([("row", "<i8"), ("key", "u1", (16,)), ("label", "<i8"), ("embedding", "<f4", (views, embed_dim))])
 
 
-class PartialFolder:
-    """The finished chunks of one extraction, in `OUT.partial/`."""
+def partial_path(out: Path) -> Path:
+    """Return the folder of an artifact's finished chunks: `OUT.partial`."""
+    return out.with_name(out.name + ".partial")
 
-    def __init__(self, out: Path) -> None:
+
+class PartialFolder:
+    """The finished chunks of one extraction."""
+
+    def __init__(self, path: Path) -> None:
         """Name the folder; nothing is touched.
 
         Args:
-            out: the artifact that is being made.
+            path: of the folder.
         """
-        self.path = out.with_name(out.name + ".partial")
+        self.path = path
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
         """Make the folder, or take up one that was made with the same settings.
@@ -98,27 +105,35 @@ class PartialFolder:
 
     def finished(self) -> dict[int, Path]:
         """Return the file of every finished chunk, by its index."""
-        named = {path: _NAME.fullmatch(path.name) for path in sorted(self.path.iterdir())}
+        named = {path: _FINISHED.fullmatch(path.name) for path in sorted(self.path.iterdir())}
         return {int(match.group(1)): path for path, match in named.items() if match}
 
-    def save(self, index: int, chunk: Chunk) -> None:
-        """Write a finished chunk.
+    def begun(self) -> dict[int, tuple[int, Path]]:
+        """Return how many batches of a chunk that is not finished are saved, and where, by its index."""
+        named = {path: _BEGUN.fullmatch(path.name) for path in sorted(self.path.iterdir())}
+        return {int(match.group(1)): (int(match.group(2)), path) for path, match in named.items() if match}
+
+    def save(self, index: int, chunk: Chunk, begun: int | None = None) -> None:
+        """Write a chunk.
 
         Args:
             index: which chunk.
             chunk: [R] of `chunk_dtype`; may be empty, where no image could be decoded.
+            begun: how many batches these are, of a chunk that is not finished.
 
         Raises:
             PipelineError: the disk is full or cannot be written to.
         """
         digest = hashlib.sha256(chunk.tobytes()).hexdigest()
+        name = f"{index:08d}-{digest}.npy" if begun is None else f"{index:08d}-{begun}-{digest}.begun.npy"
         temporary = self.path / f".{index:08d}.tmp"
+        older = [path for other, (_, path) in self.begun().items() if other == index]
         try:
             with temporary.open("wb") as file:
                 np.save(file, chunk, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path / f"{index:08d}-{digest}.npy")
+            temporary.replace(self.path / name)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -126,33 +141,47 @@ class PartialFolder:
                 f"{self.path}: cannot be written to ({error.strerror}). What is finished stays: make room, and give "
                 "the same command again."
             ) from None
+        for path in older:
+            if path.name != name:
+                path.unlink(missing_ok=True)
 
-    def load(self, index: int, dtype: np.dtype[np.void]) -> Chunk | None:
-        """Map a finished chunk.
+    def read(self, path: Path, dtype: np.dtype[np.void]) -> Chunk | None:
+        """Map a chunk.
 
         Args:
-            index: which chunk.
+            path: its file.
             dtype: of one of its records.
 
         Returns:
-            [R], read-only; none where the chunk is not there, or damaged, in which case it is removed.
+            [R], read-only; none where the chunk is damaged, in which case it is removed.
         """
-        path = self.finished().get(index)
-        if path is None:
-            return None
         try:
             chunk: Chunk = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             chunk = np.empty(0, "V1")
-        digest = path.name.split("-")[1].removesuffix(".npy")
+        digest = path.name.split(".")[0].rpartition("-")[2]
         if chunk.dtype != dtype or chunk.ndim != 1 or hashlib.sha256(chunk.tobytes()).hexdigest() != digest:
             path.unlink()
             return None
         return chunk
 
+    def read_begun(self, num_batches: int, path: Path, dtype: np.dtype[np.void]) -> list[Chunk]:
+        """Map a chunk that is not finished.
+
+        Args:
+            num_batches: how many batches it has.
+            path: its file.
+            dtype: of one of its records.
+
+        Returns:
+            One part for each batch: the first has all records, the others have none. Nothing where it is damaged.
+        """
+        chunk = self.read(path, dtype)
+        return [] if chunk is None else [chunk, *[chunk[:0]] * (num_batches - 1)]
+
     def is_empty(self) -> bool:
-        """Tell whether the folder is there, without a finished chunk."""
-        return self.path.is_dir() and not self.finished()
+        """Tell whether the folder is there, without anything that is worth keeping."""
+        return self.path.is_dir() and not self.finished() and not self.begun()
 
     def remove(self) -> None:
         """Remove the folder and all chunks."""

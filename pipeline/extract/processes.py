@@ -2,11 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
+
+_LONGEST_WAIT = timedelta(days=7)
 
 
 class ShareDone(Exception):  # noqa: N818 (no error)
@@ -27,9 +30,20 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process has come here."""
-        if self._state is not None:
+        """Wait until every process has come here.
+
+        Raises:
+            PipelineError: one of them has died.
+        """
+        if self._state is None:
+            return
+        try:
             self._state.wait_for_everyone()
+        except RuntimeError as error:
+            raise PipelineError(
+                "another process of this extraction has stopped (its own message says why), so this one stops too. "
+                f"The same command goes on from what is finished. [{first_line(error)[:120]}]"
+            ) from None
 
 
 def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
@@ -52,7 +66,9 @@ def join_processes(device: torch.device) -> tuple[Processes, torch.device]:
         raise PipelineError(
             "several processes need accelerate, which is not installed: pip install 'clip-embed-kd[extract]'"
         ) from None
-    state: Any = PartialState(cpu=device.type == "cpu")
+    # Processes only wait for each other, which gloo does on any machine and notices the death of another at once. How
+    # long they may wait is how much longer one share can take than another.
+    state: Any = PartialState(cpu=True, timeout=_LONGEST_WAIT)
     if device == torch.device("cuda"):
         device = torch.device("cuda", state.local_process_index)
     return Processes(state.process_index, state.num_processes, state), device

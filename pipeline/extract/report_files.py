@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from pipeline.data import Labelled
 from pipeline.extract.assemble import Chunks
 from pipeline.extract.grading import MAX_IMAGES, grade
+from pipeline.extract.measures import Embedded
 from pipeline.extract.report_card import ReportCard
 from pipeline.extract.report_page import draw_class_map, report_card_page
 from pipeline.report import write_report
@@ -19,17 +21,26 @@ def report_paths(artifact: Path) -> tuple[Path, Path]:
     return artifact.with_suffix(".report.json"), artifact.with_suffix(".report.html")
 
 
-def write_report_card(
-    artifact: Path, chunks: Chunks, data: Labelled, per_class: int | None, teacher: str
-) -> ReportCard:
+@dataclass(frozen=True)
+class Graded:
+    """What is graded: all that was embedded, of which data, how many a class were asked for (none: all), by whom.
+
+    Accuracies are measured on `held_out` images, or where there are none on a fifth of the embedded ones.
+    """
+
+    chunks: Chunks
+    data: Labelled
+    per_class: int | None
+    teacher: str
+    held_out: Embedded | None = None
+
+
+def write_report_card(artifact: Path, graded: Graded) -> ReportCard:
     """Grade the embedded images and write both files, replacing older ones.
 
     Args:
         artifact: the artifact, which is written already.
-        chunks: all that was embedded.
-        data: the images.
-        per_class: images that were asked for in each class; none: all.
-        teacher: its name.
+        graded: what to grade.
 
     Returns:
         The card.
@@ -37,11 +48,13 @@ def write_report_card(
     Raises:
         PipelineError: a file cannot be written.
     """
-    card = grade(chunks.unique_images(MAX_IMAGES), data.class_names, per_class=per_class)
+    data = graded.data
+    images = graded.chunks.unique_images(MAX_IMAGES)
+    card = grade(images, data.class_names, evaluation=graded.held_out, per_class=graded.per_class)
     as_json, as_page = report_paths(artifact)
     write_report(json.dumps(card.as_json(), indent=2, ensure_ascii=False) + "\n", as_json, overwrite=True)
     thumbnails = _images(data, [label.row for label in card.doubtful])
-    page = report_card_page(card, f"{teacher} on {data.name}", draw_class_map(artifact), thumbnails)
+    page = report_card_page(card, f"{graded.teacher} on {data.name}", draw_class_map(artifact), thumbnails)
     write_report(page, as_page, overwrite=True)
     return card
 

@@ -1,14 +1,10 @@
 """Stage one, from settings to artifact: sample rows, embed them in chunks, assemble, write."""
 
-import hashlib
-import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,21 +16,24 @@ from pipeline.extract.assemble import Assembled, Chunks
 from pipeline.extract.batches import Rendering
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder, make_plan
-from pipeline.extract.partial import PartialFolder
-from pipeline.extract.processes import Processes, ShareDone, join_processes
+from pipeline.extract.evaluation import evaluation_embedder, load_evaluation
+from pipeline.extract.partial import PartialFolder, chunk_dtype, partial_path
+from pipeline.extract.processes import ShareDone, join_processes
 from pipeline.extract.report_card import ReportCard
-from pipeline.extract.report_files import write_report_card
-from pipeline.extract.sampling import check_no_empty_class, sample_rows
+from pipeline.extract.report_files import Graded, write_report_card
+from pipeline.extract.sampling import check_no_empty_class, rows_within, sample_rows
+from pipeline.extract.share import SOFTWARE, Share, data_set_info
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import PeakMemory, peak_memory, resolve_device, resolve_precision, software_versions
 from pipeline.views import VIEWS_VERSION
-from store import DataSetInfo, Manifest, SamplingInfo, check_destination, write_artifact
+from store import Manifest, SamplingInfo, check_destination, write_artifact
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
 
-_SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
+# Images in a forward pass. On a CPU more than this no longer fit the cache; a GPU is kept busy by this many.
+_BATCH_SIZES = {"cpu": 16, "cuda": 128, "mps": 64}
 
 
 @dataclass(frozen=True)
@@ -77,104 +76,66 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         PipelineError: anything a user can cause; nothing but finished chunks is left behind.
         StoreError: the artifact cannot be written.
         ShareDone: of several processes this is not the one that writes.
+        SystemExit: SIGTERM came; the batch in hand was finished, and what is finished stays.
     """
     start = time.monotonic()
     check_destination(settings.out, overwrite=settings.overwrite)
     processes, device = join_processes(resolve_device(settings.device))
-    data = load_labelled(settings.data)
-    per_class = settings.images_per_class()
-    chosen = _Chosen(*sample_rows(data.labels, data.class_names, per_class, settings.seed))
-    if chosen.short_classes:
-        LOGGER.info(
-            "%d of %d classes have fewer than %d images; all of theirs are used.",
-            *(chosen.short_classes, len(data.class_names), per_class),
-        )
+    data, chosen = _choose(settings, load_labelled(settings.data))
+    evaluation = load_evaluation(settings, data.class_names)
     teacher = _load_teacher(settings, device)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
-    rendering = Rendering(teacher.preprocess, settings.views, settings.view_size, settings.seed)
-    plan = make_plan(chosen.rows, settings.batch_size)
-    embedder = Embedder(settings, data, teacher, rendering, plan, _num_workers(settings, device))
-    partial = PartialFolder(settings.out)
-    with _keep_if_worthwhile(partial, processes):
-        num_resumed, embed_seconds = _embed_share(embedder, partial, processes, _what_decides(embedder, chosen))
+    embedder = _embedder(settings, data, chosen, teacher)
+    share = Share(PartialFolder(partial_path(settings.out)), processes)
+    with share.kept_if_worthwhile():
+        embedded = share.embed(embedder)
+        held_out = None if evaluation is None else share.embed_evaluation(evaluation_embedder(embedder, evaluation))
         if not processes.is_main:
             raise ShareDone
-        chunks = Chunks([embedder.load(index, partial) for index in range(len(plan.chunks))], len(data.class_names))
+        chunks = Chunks(embedder.load(share.partial), len(data.class_names))
         check_no_empty_class(chunks.count, data.class_names)
         assembled = chunks.assemble(settings.dtype if settings.samples else None)
         manifest = _manifest(embedder, chosen, assembled, len(chosen.rows) - len(chunks))
         manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
-        card = write_report_card(settings.out, chunks, data, per_class, teacher.info.name)
-    partial.remove()
+        per_class = settings.images_per_class()
+        card = write_report_card(settings.out, Graded(chunks, data, per_class, teacher.info.name, held_out))
+    share.partial.remove()
     return ExtractResult(
         path=settings.out,
         report_card=card,
         manifest=manifest,
         num_images=len(chunks),
-        num_resumed=num_resumed,
+        num_resumed=embedded.num_resumed,
         seconds=time.monotonic() - start,
-        images_per_second=(len(chosen.rows) - num_resumed) / embed_seconds,
+        images_per_second=(len(chosen.rows) - embedded.num_resumed) / embedded.seconds,
         artifact_bytes=settings.out.stat().st_size,
         memory=peak_memory(device),
     )
 
 
-def _embed_share(
-    embedder: Embedder, partial: PartialFolder, processes: Processes, decides: dict[str, Any]
-) -> tuple[int, float]:
-    """Embed this process's share of the missing chunks; returns how many images were there, and the seconds."""
-    if processes.is_main:
-        partial.open(decides, overwrite=embedder.settings.overwrite)
-    processes.wait()
-    if not processes.is_main:
-        partial.join(decides)
-    finished = partial.finished()
-    processes.wait()  # nobody adds to the list before all have read it
-    indices = range(len(embedder.plan.chunks))
-    missing = [index for index in indices if index not in finished]
-    num_resumed = embedder.plan.num_images([index for index in indices if index in finished])
-    if num_resumed:
-        LOGGER.info("%d images were embedded by an earlier run.", num_resumed)
-    seconds = embedder.run(missing[processes.rank :: processes.count], partial)
-    processes.wait()
-    return num_resumed, seconds
+def _choose(settings: ExtractSettings, data: Labelled) -> tuple[Labelled, _Chosen]:
+    """Choose the rows to embed; of a part of the data, only the classes that it has."""
+    per_class = settings.images_per_class()
+    rows, short_classes = sample_rows(data.labels, data.class_names, per_class, settings.seed)
+    if short_classes:
+        LOGGER.info(
+            "%d of %d classes have fewer than %d images; all of theirs are used.",
+            *(short_classes, len(data.class_names), per_class),
+        )
+    if settings.rows is not None:
+        rows = rows_within(data, rows, settings.rows)
+        data = data.of_classes(np.unique(data.labels[rows]))
+    return data, _Chosen(rows, short_classes)
 
 
-@contextmanager
-def _keep_if_worthwhile(partial: PartialFolder, processes: Processes) -> Iterator[None]:
-    """After a failure, say how to go on, or remove a folder without a finished chunk."""
-    if not processes.is_main:  # the others may still be at work in it
-        yield
-        return
-    try:
-        yield
-    except BaseException:
-        if partial.is_empty():
-            partial.remove()
-        elif partial.path.exists():
-            LOGGER.info("What is finished stays in %s: the same command goes on from there.", partial.path)
-        raise
-
-
-def _what_decides(embedder: Embedder, chosen: _Chosen) -> dict[str, Any]:
-    """Return all that the chunks' bytes depend on, as plain JSON."""
-    settings, data = embedder.settings, embedder.data
-    return {
-        "teacher": embedder.teacher.info.model_dump(),
-        "preprocessing": embedder.teacher.preprocess.describe(),
-        "data_set": _data_set_info(data).model_dump(),
-        "labels_sha256": hashlib.sha256(np.stack([chosen.rows, data.labels[chosen.rows]]).tobytes()).hexdigest(),
-        "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
-        "batch_size": settings.batch_size,
-        "seed": settings.seed,
-        "views": settings.views,
-        "view_size": settings.view_size if settings.views > 1 else None,
-        "views_version": VIEWS_VERSION,
-        "dtype": settings.dtype if settings.samples else None,
-        "skip_bad": settings.skip_bad,
-        "device": embedder.teacher.model.device.type,
-        "software": software_versions(_SOFTWARE),
-    }
+def _embedder(settings: ExtractSettings, data: Labelled, chosen: _Chosen, teacher: "Teacher") -> Embedder:
+    device = teacher.model.device
+    batch_size = settings.batch_size or _BATCH_SIZES[device.type]
+    rendering = Rendering(
+        teacher.preprocess, settings.views, settings.view_size, settings.seed, precision=teacher.model.dtype
+    )
+    plan = make_plan(chosen.rows, batch_size, chunk_dtype(settings.views, teacher.info.embed_dim).itemsize)
+    return Embedder(settings, data, teacher, rendering, plan, batch_size, _num_workers(settings, device))
 
 
 def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
@@ -220,13 +181,14 @@ def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad
     rendered = settings.views > 1
     return Manifest(
         teacher=embedder.teacher.info,
-        data_set=_data_set_info(data),
+        data_set=data_set_info(data),
         preprocessing=embedder.teacher.preprocess.describe(),
         sampling=SamplingInfo(
             per_class=settings.images_per_class(),
             limit=settings.data.limit,
             seed=settings.seed,
-            batch_size=settings.batch_size,
+            rows=settings.rows,
+            batch_size=embedder.batch_size,
             views=settings.views,
             view_size=settings.view_size if rendered else None,
             views_version=VIEWS_VERSION if rendered else None,
@@ -236,19 +198,5 @@ def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad
         ),
         head=assembled.head.info(),
         classes=data.class_names,
-        software=software_versions(_SOFTWARE),
-    )
-
-
-def _data_set_info(data: Labelled) -> DataSetInfo:
-    return DataSetInfo(
-        name=data.name,
-        config=data.settings.config,
-        revision=data.revision,
-        split=data.settings.split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        rows=data.num_rows_before_limit,
-        classes_named=data.classes_named,
-        licence=data.licence,
+        software=software_versions(SOFTWARE),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data import Labelled
 from pipeline.errors import PipelineError, listed
 
 
@@ -39,6 +40,37 @@ def sample_rows(
             rows = np.random.default_rng([seed, _stream(name)]).choice(rows, per_class, replace=False)
         chosen.append(rows)
     return np.sort(np.concatenate(chosen)), int((available < per_class).sum())
+
+
+def rows_within(data: Labelled, chosen: NDArray[np.int64], limits: tuple[int, int]) -> NDArray[np.int64]:
+    """Keep the chosen rows of one part of a split.
+
+    What is chosen is chosen among all rows, so that the parts of a split together have what the whole would have.
+
+    Args:
+        data: the data set.
+        chosen: rows of it.
+        limits: the first row of the part and the one after its last, in the split's own count.
+
+    Returns:
+        The rows within.
+
+    Raises:
+        PipelineError: the split ends before, no chosen row is within, or classes are missing that have no names.
+    """
+    first, end = limits
+    if end > data.num_rows_before_limit:
+        raise PipelineError(f"--rows {first}:{end}: the split has {data.num_rows_before_limit:,} rows.")
+    rows = chosen[(data.numbers[chosen] >= first) & (data.numbers[chosen] < end)]
+    if len(rows) == 0:
+        raise PipelineError(f"--rows {first}:{end}: none of the chosen images stands there. Take a larger part.")
+    num_missing = len(data.class_names) - len(np.unique(data.labels[rows]))
+    if num_missing and not data.classes_named:
+        raise PipelineError(
+            f"--rows {first}:{end}: {num_missing} of {len(data.class_names)} classes have no image there, and classes "
+            "without names are known by their place. Name the classes, shuffle the data, or take larger parts."
+        )
+    return rows
 
 
 def check_no_empty_class(count: NDArray[np.int64], class_names: Sequence[str]) -> None:

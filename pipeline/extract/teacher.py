@@ -68,11 +68,12 @@ class Teacher:
             pixels: as `preprocess` returns them.
 
         Returns:
-            One raw (not normalised) embedding an image: float32, on the teacher's device.
+            One raw (not normalised) embedding an image: float32, on the teacher's device, where a GPU may still be
+            computing it.
         """
         # Float32 is to mean float32: cuDNN's convolutions would round their input to TF32.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pixels = pixels.to(self.model.device, self.model.dtype)
+            pixels = pixels.to(self.model.device, self.model.dtype, non_blocking=True)
             return _pool(self.model, self.model(pixel_values=pixels), self.info.pooling).float()
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
+from pipeline.extract.chunk_writer import ChunkWriter
+from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype, partial_path
 
 DTYPE = chunk_dtype(2, 3)
 SETTINGS = {"seed": 0, "teacher": {"name": "t"}}
@@ -21,7 +22,7 @@ def make_chunk(length: int, seed: int = 0) -> Chunk:
 
 @pytest.fixture
 def partial(tmp_path: Path) -> PartialFolder:
-    folder = PartialFolder(tmp_path / "a.safetensors")
+    folder = PartialFolder(partial_path(tmp_path / "a.safetensors"))
     assert folder.open(SETTINGS, overwrite=False) == 0
     return folder
 
@@ -37,10 +38,9 @@ def test_chunks_come_back_as_they_were(partial: PartialFolder) -> None:
         partial.save(index, make_chunk(length, index))
     assert sorted(partial.finished()) == [0, 3, 7]
     for index, length in ((0, 5), (7, 1), (3, 0)):
-        loaded = partial.load(index, DTYPE)
+        loaded = partial.read(partial.finished()[index], DTYPE)
         assert loaded is not None
         assert loaded.tobytes() == make_chunk(length, index).tobytes()
-    assert partial.load(1, DTYPE) is None
 
 
 def test_the_same_settings_take_it_up(partial: PartialFolder) -> None:
@@ -96,7 +96,7 @@ def test_a_damaged_chunk_is_removed(partial: PartialFolder, damage: str) -> None
         np.save(path, np.array([{}], object), allow_pickle=True)
         content = bytearray(path.read_bytes())
     path.write_bytes(content[: {"cut": 200, "empty": 0}.get(damage, len(content))])
-    assert partial.load(0, DTYPE) is None
+    assert partial.read(path, DTYPE) is None
     assert partial.finished() == {}
 
 
@@ -135,3 +135,58 @@ def test_it_goes_as_a_whole(partial: PartialFolder) -> None:
     partial.remove()
     assert not partial.path.exists()
     assert not partial.is_empty()
+
+
+def test_a_chunk_that_was_begun_is_gone_on_with(partial: PartialFolder) -> None:
+    partial.save(4, make_chunk(3), begun=2)
+    assert (partial.finished(), partial.is_empty()) == ({}, False)
+    ((index, (num_batches, path)),) = partial.begun().items()
+    parts = partial.read_begun(num_batches, path, DTYPE)
+    assert (index, [len(part) for part in parts]) == (4, [3, 0])
+    assert np.concatenate(parts).tobytes() == make_chunk(3).tobytes()
+    partial.save(4, make_chunk(5), begun=3)
+    assert {index: number for index, (number, _) in partial.begun().items()} == {4: 3}
+    partial.save(4, make_chunk(9))
+    assert (list(partial.finished()), partial.begun()) == ([4], {})
+
+
+def test_a_damaged_beginning_is_forgotten(partial: PartialFolder) -> None:
+    partial.save(4, make_chunk(3), begun=2)
+    ((num_batches, path),) = partial.begun().values()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert partial.read_begun(num_batches, path, DTYPE) == []
+    assert partial.begun() == {}
+
+
+def write(partial: PartialFolder, num_chunks: int, error: type[BaseException] | None = None) -> None:
+    """Write chunks of two batches; the last one is left behind its first batch where there is an error."""
+    with ChunkWriter(partial) as writer:
+        for index in range(num_chunks):
+            with writer.chunk(index, []) as parts:
+                parts.append(make_chunk(2, index))
+                if error is not None and index == num_chunks - 1:
+                    raise error
+                parts.append(make_chunk(1, index))
+
+
+def test_what_a_failure_leaves_of_a_chunk_is_saved(partial: PartialFolder) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(partial, 2, KeyboardInterrupt)
+    assert list(partial.finished()) == [0]
+    ((index, (num_batches, path)),) = partial.begun().items()
+    chunk = partial.read(path, DTYPE)
+    assert chunk is not None
+    assert (index, num_batches, chunk.tobytes()) == (1, 1, make_chunk(2, 1).tobytes())
+
+
+def test_a_chunk_that_cannot_be_written_is_told(partial: PartialFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    for num_chunks in (1, 3):  # the last one at the end, another when the next one is ready
+        with pytest.raises(PipelineError, match="No space left"):
+            write(partial, num_chunks)
+    with pytest.raises(KeyboardInterrupt):
+        write(partial, 1, KeyboardInterrupt)
+    assert partial.is_empty()

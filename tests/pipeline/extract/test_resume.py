@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import store
 from pipeline.data import DataSettings
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings, extract
-from pipeline.extract.partial import PartialFolder
+from pipeline.extract.partial import PartialFolder, partial_path
 from pipeline.extract.processes import Processes, join_processes
 from pipeline.extract.teacher import Teacher
 
@@ -69,24 +71,24 @@ def test_a_stopped_extraction_ends_in_the_same_bytes(
         stop_after(context, 2 * num_batches)
         with pytest.raises(KeyboardInterrupt):
             extract(stopped)
-    finished = len(PartialFolder(stopped.out).finished())
-    assert finished == num_batches // 2
+    partial = PartialFolder(partial_path(stopped.out))
+    assert (len(partial.finished()), len(partial.begun())) == (num_batches // 2, num_batches % 2)
     assert not stopped.out.exists()
     result = extract(stopped)
-    assert result.num_resumed == 8 * finished
+    assert result.num_resumed == 4 * num_batches
     assert stopped.out.read_bytes() == whole.out.read_bytes()
-    assert not PartialFolder(stopped.out).path.exists()
+    assert not PartialFolder(partial_path(stopped.out)).path.exists()
     store.verify_artifact(stopped.out)
 
 
 def test_other_settings_do_not_go_on(settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
-        stop_after(context, 3)
+        stop_after(context, 2)
         with pytest.raises(KeyboardInterrupt):
             extract(settings())
     with pytest.raises(PipelineError, match=r"other settings \(batch_size was 4, is 2\)"):
         extract(settings(batch_size=2))
-    assert len(PartialFolder(settings().out).finished()) == 1
+    assert len(PartialFolder(partial_path(settings().out)).finished()) == 1
     result = extract(settings(batch_size=2, overwrite=True))
     assert result.num_resumed == 0
 
@@ -99,12 +101,89 @@ def test_a_chunk_that_was_damaged_is_embedded_again(
         stop_after(context, 5)
         with pytest.raises(KeyboardInterrupt):
             extract(settings())
-    path = PartialFolder(settings().out).finished()[1]
+    path = PartialFolder(partial_path(settings().out)).finished()[1]
     content = bytearray(path.read_bytes())
     content[-3] ^= 8
     path.write_bytes(content)
     extract(settings())
     assert settings().out.read_bytes() == settings("whole.safetensors").out.read_bytes()
+
+
+def test_sigterm_finishes_the_batch_in_hand(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(settings("whole.safetensors"))
+    embed, calls = Teacher.embed, iter(range(1_000))
+
+    def embed_and_ask(self: Teacher, pixels: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 2 + 4:  # the fifth batch, after two runs of the trial image
+            os.kill(os.getpid(), signal.SIGTERM)
+        return embed(self, pixels)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as context:
+        context.setattr(Teacher, "embed", embed_and_ask)
+        with pytest.raises(SystemExit) as stopped:
+            extract(settings())
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert extract(settings()).num_resumed == 5 * 4
+    assert settings().out.read_bytes() == settings("whole.safetensors").out.read_bytes()
+
+
+def test_an_image_that_is_another_one_now_is_noticed(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        stop_after(context, 3)
+        with pytest.raises(KeyboardInterrupt):
+            extract(settings())
+    monkeypatch.setattr("pipeline.extract.embed.sample_key", lambda image: bytes(16))
+    with pytest.raises(PipelineError, match=r"row 0 was another image when it was embedded \(sample key [0-9a-f]{12}…"):
+        extract(settings())
+    assert len(PartialFolder(partial_path(settings().out)).finished()) == 1
+
+
+def test_parts_merge_into_the_whole(settings: Callable[..., ExtractSettings]) -> None:
+    whole = extract(settings("whole.safetensors", per_class=7))
+    parts = [extract(settings(f"{rows}.safetensors", per_class=7, rows=rows)) for rows in ((0, 13), (13, 30))]
+    assert sum(part.num_images for part in parts) == whole.num_images == 21
+    assert [part.manifest.sampling.rows for part in parts] == [(0, 13), (13, 30)]
+    out = settings("merged.safetensors").out
+    merged = store.merge_artifacts([part.path for part in parts], out).manifest.sampling
+    expected = whole.manifest.sampling
+    assert (merged.rows, merged.per_class, merged.short_classes) == (None, 7, expected.short_classes)
+    assert merged.images_sha256 == expected.images_sha256
+    with store.open_artifact(out) as joined, store.open_artifact(whole.path) as one:
+        assert np.array_equal(joined["sample/key"], one["sample/key"])
+        assert np.array_equal(joined["sample/embedding"], one["sample/embedding"])
+        assert np.array_equal(joined["class/count"], one["class/count"])
+        assert np.allclose(joined["class/mean"], one["class/mean"], rtol=1e-6, atol=1e-7)
+
+
+def test_a_part_has_the_classes_of_its_rows(settings: Callable[..., ExtractSettings]) -> None:
+    parts = [extract(settings(f"{rows}.safetensors", rows=rows)) for rows in ((0, 2), (2, 3), (10, 12))]
+    assert [part.manifest.classes for part in parts] == [("ant", "bee"), ("cat",), ("bee", "cat")]
+    merged = [
+        store.merge_artifacts([parts[0].path, parts[index].path], settings(f"m{index}.h5").out) for index in (1, 2)
+    ]
+    assert [one.manifest.sampling.rows for one in merged] == [(0, 3), None]
+
+
+def test_accuracies_may_be_measured_on_another_split(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = extract(settings("plain.safetensors", views=2, view_size=16))
+    with monkeypatch.context() as context:
+        stop_after(context, 2 * 8 + 2)  # within the report's images
+        with pytest.raises(KeyboardInterrupt):
+            extract(settings(report_split="test", views=2, view_size=16))
+    result = extract(settings(report_split="test", views=2, view_size=16))
+    card = result.report_card
+    assert (card.held_out_from, card.num_held_out, card.num_graded) == ("evaluation", 12, 30)
+    assert result.num_resumed == 30
+    assert plain.path.read_bytes() == result.path.read_bytes()
+    assert not partial_path(result.path).exists()
 
 
 def test_views_are_of_the_same_samples(settings: Callable[..., ExtractSettings]) -> None:
@@ -148,7 +227,7 @@ def test_a_process_that_fails_leaves_the_folder_to_the_first(
     monkeypatch.setattr("pipeline.extract.run.join_processes", lambda device: (second, device))
     with pytest.raises(PipelineError, match="is not on this machine"):
         extract(settings())
-    folder = PartialFolder(settings().out)
+    folder = PartialFolder(partial_path(settings().out))
     folder.path.mkdir()
     with pytest.raises(PipelineError, match="does not see what the first one sees"):
         extract(settings())
@@ -156,36 +235,73 @@ def test_a_process_that_fails_leaves_the_folder_to_the_first(
 
 
 LAUNCHED = """
-import sys
+import os, signal, sys
 import pipeline.extract.embed
+from pipeline.extract.teacher import Teacher
+
 pipeline.extract.embed._CHUNK_IMAGES = 8
+embed, calls = Teacher.embed, iter(range(1_000))
+
+
+def embed_or_die(self, pixels):
+    if os.environ.get("DIES") == os.environ["RANK"] and next(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return embed(self, pixels)
+
+
+Teacher.embed = embed_or_die
 import cli
+
 sys.argv = ["clip-embed-kd", *sys.argv[1:]]
 cli.main()
 """
 
 
-def test_two_processes_write_the_same_bytes(
-    settings: Callable[..., ExtractSettings], tiny_teacher: Path, saved_data: Path, tmp_path: Path
-) -> None:
-    extract(settings("one.safetensors"))
+@pytest.fixture
+def launch(tiny_teacher: Path, saved_data: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `extract` in two processes."""
     script = tmp_path / "launched.py"
     script.write_text(LAUNCHED)
+
+    def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+        command += ["extract", "--teacher", str(tiny_teacher), "--dataset", str(saved_data), "--out", str(out)]
+        command += ["--samples", "--batch-size", "4", "--device", "cpu", "--precision", "float32", "--json"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=240)
+
+    return run
+
+
+def test_two_processes_write_the_same_bytes(
+    settings: Callable[..., ExtractSettings],
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    extract(settings("one.safetensors"))
     out = tmp_path / "two.safetensors"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        str(script),
-    ]
-    command += ["extract", "--teacher", str(tiny_teacher), "--dataset", str(saved_data), "--out", str(out), "--json"]
-    command += ["--samples", "--batch-size", "4", "--device", "cpu", "--precision", "float32"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    done = launch(out)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_images"] == 30
     assert out.read_bytes() == (tmp_path / "one.safetensors").read_bytes()
-    assert not PartialFolder(out).path.exists()
+    assert not partial_path(out).exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_dies_stops_the_other_and_the_next_run_goes_on(
+    settings: Callable[..., ExtractSettings],
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+    rank: str,
+) -> None:
+    extract(settings("one.safetensors"))
+    out = settings("two.safetensors").out
+    start = time.monotonic()
+    done = launch(out, DIES=rank)
+    assert done.returncode != 0
+    assert time.monotonic() - start < 60  # of which most is spent on imports
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "cli.py" not in done.stderr  # the launcher shows a traceback of its own
+    assert not out.exists()
+    assert len(PartialFolder(partial_path(out)).finished()) >= 1
+    assert extract(settings("two.safetensors")).num_resumed >= 8
+    assert out.read_bytes() == settings("one.safetensors").out.read_bytes()
