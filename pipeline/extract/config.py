@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pipeline.data import DataSettings
 from pipeline.runtime import Precision
 
-Pooling = Literal["auto", "cls", "pooled", "mean"]
+Pooling = Literal["auto", "cls", "distilled", "pooled", "mean", "projected"]
 
 
 class ExtractSettings(BaseModel):

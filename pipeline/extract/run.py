@@ -21,6 +21,7 @@ from pipeline.extract.batches import Rendering
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder, make_plan
 from pipeline.extract.partial import PartialFolder
+from pipeline.extract.pooling import TAKEN
 from pipeline.extract.processes import Processes, ShareDone, join_processes
 from pipeline.extract.report_card import ReportCard
 from pipeline.extract.report_files import write_report_card
@@ -34,7 +35,7 @@ from store import DataSetInfo, Manifest, SamplingInfo, check_destination, write_
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
 
-_SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
+_SOFTWARE = ("torch", "torchvision", "transformers", "timm", "datasets", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -187,14 +188,9 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
     precision = resolve_precision(settings.precision, device)
     teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.pooling, device, precision)
     info = teacher.info
-    taken = {
-        "cls": "[CLS] after the last norm",
-        "pooled": "its own pooled output",
-        "mean": "the mean of its tokens",
-    }
     LOGGER.info(
         "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
-        *(info.name, info.architecture, taken[info.pooling], info.embed_dim, info.precision, device),
+        *(info.name, info.architecture, TAKEN[info.pooling], info.embed_dim, info.precision, device),
     )
     return teacher
 
