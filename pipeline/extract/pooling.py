@@ -97,7 +97,7 @@ def pool(tower: Tower, output: Any, pooling: str) -> Tensor:
     if pooling == "distilled":
         return hidden[:, :2].mean(dim=1)
     if pooling == "pooled" and pooled is not None:
-        return pooled.flatten(1)
+        return pooled.flatten(1)  # of convolutional models [B, D, 1, 1]
     if hidden.ndim == 4:
         timm_model = getattr(tower.model, "timm_model", None)
         return hidden.mean(dim=(1, 2) if getattr(timm_model, "output_fmt", "NCHW") == "NHWC" else (2, 3))
@@ -115,9 +115,6 @@ def _authors_pooling(tower: Tower) -> Pooling:
         LOGGER.info("%s was distilled through a token of its own: its mean with [CLS] is the embedding.", kind)
         return "distilled"
     if not tokens.has_class:
-        if tower.missing:  # I-JEPA has none; its authors average, too
-            LOGGER.info("%s has no [CLS] token, and no pooler: the mean of its tokens is the embedding.", kind)
-            return "mean"
         LOGGER.info("%s has no [CLS] token: its own pooled output is the embedding.", kind)
         return "pooled"
     if getattr(model.config, "use_mean_pooling", False):  # BEiT and its kin
@@ -137,5 +134,9 @@ def _special_tokens(model: Any) -> _SpecialTokens:
     tokens = {name.rpartition(".")[2]: weight for name, weight in names}
     has_class = any(name in tokens for name in _CLASS_TOKENS)
     has_distillation = "distillation_token" in tokens
-    num_registers = tokens["register_tokens"].shape[1] if "register_tokens" in tokens else 0
-    return _SpecialTokens(has_class, has_distillation, has_class + has_distillation + num_registers)
+    count = has_class + has_distillation
+    if "register_tokens" in tokens:
+        count += tokens["register_tokens"].shape[1]
+    if type(model).__name__ == "DINOv3ConvNextModel":
+        count += 1  # its pooled output stands before the positions, as [CLS] does in the ViTs of that family
+    return _SpecialTokens(has_class, has_distillation, count)

@@ -21,6 +21,7 @@ from pipeline.errors import PipelineError, first_line
 from pipeline.extract.config import Pooling
 from pipeline.extract.pooling import pool, resolve_pooling
 from pipeline.extract.tower import Tower, image_tower, weights_sha256
+from pipeline.progress import LOGGER
 from pipeline.runtime import batch_must_fit
 from store import TeacherInfo
 
@@ -72,9 +73,22 @@ class Teacher:
         """
         # Float32 is to mean float32: cuDNN's convolutions would round their input to TF32.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pixels = pixels.to(self.model.device, self.model.dtype)
-            tower = Tower(self.model, self.projection)
-            return pool(tower, self.model(pixel_values=pixels), self.info.pooling).float()
+            return pool(Tower(self.model, self.projection), self._run(pixels), self.info.pooling).float()
+
+    def has_pooled_output(self, pixels: Float[Tensor, "batch 3 height width"]) -> bool:
+        """Tell whether the model pools its output itself; not all do that could.
+
+        Args:
+            pixels: as `preprocess` returns them.
+
+        Returns:
+            Whether there is an output of that name.
+        """
+        with torch.inference_mode():
+            return getattr(self._run(pixels), "pooler_output", None) is not None
+
+    def _run(self, pixels: Tensor) -> Any:
+        return self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
 
 
 def load_teacher(
@@ -118,8 +132,7 @@ def load_teacher(
         model = tower.model.eval().requires_grad_(False).to(device, precision)
         if projection is not None:
             projection = projection.eval().requires_grad_(False).to(device, precision)
-    teacher = Teacher(model, Preprocess(processor), info, projection)
-    return replace(teacher, info=info.model_copy(update={"embed_dim": _embed_dim(teacher, name)}))
+    return _tried(Teacher(model, Preprocess(processor), info, projection), name)
 
 
 def load_pretrained(name: str, revision: str | None) -> tuple[Any, set[str]]:
@@ -191,11 +204,16 @@ def _load_processor(name: str, revision: str | None) -> Any:
         ) from error
 
 
-def _embed_dim(teacher: Teacher, name: str) -> int:
+def _tried(teacher: Teacher, name: str) -> Teacher:
     """Embed one grey image: it tells the length of an embedding, and that the teacher runs here at all."""
+    info = teacher.info
     try:
         with batch_must_fit(1, "the teacher"):
             grey = teacher.preprocess([Image.new("RGB", (32, 32), "grey")])
+            if info.pooling == "pooled" and not teacher.has_pooled_output(grey):
+                LOGGER.info("%s has no pooled output: the mean of its tokens is the embedding.", info.architecture)
+                info = info.model_copy(update={"pooling": "mean"})
+            teacher = replace(teacher, info=info)
             embedding, again = teacher.embed(grey), teacher.embed(grey)
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise PipelineError(
@@ -204,7 +222,7 @@ def _embed_dim(teacher: Teacher, name: str) -> int:
         ) from error
     if not torch.allclose(embedding, again, rtol=1e-2, atol=1e-3, equal_nan=True):
         raise PipelineError(f"{name}: the teacher gives another embedding each time (random masking?). Choose another.")
-    return embedding.shape[1]
+    return replace(teacher, info=info.model_copy(update={"embed_dim": embedding.shape[1]}))
 
 
 def _licence(name: str, revision: str | None) -> str | None:
