@@ -34,6 +34,7 @@ from store import DataSetInfo, Manifest, SamplingInfo, check_destination, write_
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
+    from pipeline.extract.text import ClassText
 
 _SOFTWARE = ("torch", "torchvision", "transformers", "timm", "datasets", "numpy", "pillow")
 
@@ -83,6 +84,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     check_destination(settings.out, overwrite=settings.overwrite)
     processes, device = join_processes(resolve_device(settings.device))
     data = load_labelled(settings.data)
+    _check_names(settings, data)
     per_class = settings.images_per_class()
     chosen = _Chosen(*sample_rows(data.labels, data.class_names, per_class, settings.seed))
     if chosen.short_classes:
@@ -91,6 +93,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
             *(chosen.short_classes, len(data.class_names), per_class),
         )
     teacher = _load_teacher(settings, device)
+    text = _embed_names(settings, data, teacher)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
     rendering = Rendering(teacher.preprocess, settings.views, settings.view_size, settings.seed)
     plan = make_plan(chosen.rows, settings.batch_size)
@@ -104,6 +107,9 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         check_no_empty_class(chunks.count, data.class_names)
         assembled = chunks.assemble(settings.dtype if settings.samples else None)
         manifest = _manifest(embedder, chosen, assembled, len(chosen.rows) - len(chunks))
+        if text:
+            manifest = manifest.model_copy(update={"text": text.info})
+            assembled.tensors["class/text"] = text.embeddings
         manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
         card = write_report_card(settings.out, chunks, data, per_class, teacher.info.name)
     partial.remove()
@@ -186,13 +192,30 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
             f"extract needs {error.name}, which is not installed: pip install 'clip-embed-kd[extract]'"
         ) from None
     precision = resolve_precision(settings.precision, device)
-    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.pooling, device, precision)
+    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.resolved_pooling(), device, precision)
     info = teacher.info
     LOGGER.info(
         "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
         *(info.name, info.architecture, TAKEN[info.pooling], info.embed_dim, info.precision, device),
     )
     return teacher
+
+
+def _check_names(settings: ExtractSettings, data: Labelled) -> None:
+    if settings.class_text and not data.classes_named:
+        raise PipelineError(
+            f"{data.name}: its labels are numbers without names, and --class-text embeds names. "
+            "Leave it out, or choose a --label-column with class names."
+        )
+
+
+def _embed_names(settings: ExtractSettings, data: Labelled, teacher: "Teacher") -> "ClassText | None":
+    """Embed the class names, if asked to; before the images, since what is wrong here must not cost hours there."""
+    if not settings.class_text:
+        return None
+    from pipeline.extract.text import embed_class_names
+
+    return embed_class_names(settings, data.class_names, teacher)
 
 
 def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
@@ -204,6 +227,8 @@ def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
 
 def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:
     needed = num_classes * embed_dim * 12 + num_rows * (settings.views * embed_dim * 4 + 32)  # artifact, chunks
+    if settings.class_text:
+        needed += num_classes * embed_dim * 4
     if settings.samples:
         needed += num_rows * (settings.views * embed_dim * np.dtype(settings.dtype).itemsize + 20)
     check_output(settings.out, needed, replaceable=settings.overwrite)
