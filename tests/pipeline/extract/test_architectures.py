@@ -249,6 +249,14 @@ ARCHITECTURES = {
         "mean",
         {"mean": tokens("layernorm", 0)},
     ),
+    "cvt": Architecture(  # keeps [CLS] apart from its positions
+        lambda: transformers.CvtModel(
+            transformers.CvtConfig(embed_dim=[4, 8, 8], num_heads=[1, 1, 1], depth=[1, 2, 3])
+        ),
+        "cls",
+        {"cls": token("encoder.stages.2.layers.2"), "mean": tokens("encoder.stages.2.layers.2", 1)},
+        side_px=64,
+    ),
     "swin": Architecture(
         lambda: transformers.SwinModel(transformers.SwinConfig(**SWIN)),
         "pooled",
