@@ -121,9 +121,22 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
 @click.option(
     "--pooling",
-    type=click.Choice(["auto", "cls", "pooled", "mean"]),
+    type=click.Choice(["auto", "cls", "distilled", "pooled", "mean", "projected"]),
     default="auto",
-    help="how one embedding is taken; auto: [CLS], or pooled where there is none",
+    help="how one embedding is taken; auto: as the teacher's authors mean it",
+)
+@click.option(
+    "--class-text",
+    is_flag=True,
+    help="also store text embeddings of the class names; teachers like CLIP only, makes auto pooling projected",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    default=["a photo of a {}."],
+    metavar="TEMPLATE",
+    help="text with {} for the class name; may be repeated",
 )
 @click.option("--report-split", metavar="NAME", help="split to measure accuracies on  [default: a held-out fifth]")
 @_skip_bad_option

@@ -14,7 +14,7 @@ from store.errors import (
     ArtifactWriteError,
     StoreError,
 )
-from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo, TeacherInfo, TensorInfo
+from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo, TeacherInfo, TensorInfo, TextInfo
 from store.merge import MergeResult, merge_artifacts
 from store.pairs import pairs_sha256, sort_pairs
 from store.quantize import check_fits, sample_embeddings
@@ -47,6 +47,7 @@ __all__ = [
     "Summary",
     "TeacherInfo",
     "TensorInfo",
+    "TextInfo",
     "check_destination",
     "check_fits",
     "convert_artifact",

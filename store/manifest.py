@@ -102,6 +102,17 @@ class HeadInfo(_Record):
     loo_accuracy: float = Field(ge=0, le=1, description="share of images that are classified rightly when left out")
 
 
+class TextInfo(_Record):
+    """How the text embeddings of the classes were made."""
+
+    prompts: tuple[str, ...] = Field(
+        strict=False, min_length=1, description="templates, each with one {} for the class name; averaged over"
+    )
+    weights_sha256: Sha256 = Field(
+        pattern=_SHA256, description="SHA-256 over name, shape and float32 values of the text tower's weights"
+    )
+
+
 class SourceInfo(_Record):
     """One of the artifacts that this one was made from."""
 
@@ -127,6 +138,7 @@ class Manifest(_Record):
     preprocessing: dict[str, Any] = Field(description="the teacher's image processor and its settings")
     sampling: SamplingInfo
     head: HeadInfo | None = Field(default=None, description="absent where there is no head")
+    text: TextInfo | None = Field(default=None, description="absent where no text embeddings were made")
     sources: tuple[SourceInfo, ...] = Field(
         default=(),
         strict=False,
@@ -154,7 +166,7 @@ class Manifest(_Record):
             The bytes whose SHA-256 stands beside the manifest.
         """
         document = self.model_dump()  # mode="json" would turn NaN into null and a Path into text
-        for name in ("head", "sources"):
+        for name in ("head", "sources", "text"):
             if not document[name]:
                 del document[name]
         for sampling in (document["sampling"], *(source["sampling"] for source in document.get("sources", ()))):

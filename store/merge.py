@@ -17,7 +17,7 @@ from store.artifact import Artifact, RowBlocks, check_destination, open_artifact
 from store.container import Progress, ignore
 from store.errors import ArtifactMergeError
 from store.layout import RULES
-from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo
+from store.manifest import DataSetInfo, HeadInfo, Manifest, SamplingInfo, SourceInfo, TextInfo
 from store.merged_rows import MergedSamples
 from store.ridge import fit_ridge
 from store.statistics import ClassStatistics
@@ -131,7 +131,7 @@ class _Merge:
             **{name: rows.reporting(progress) for name, rows in self.samples.tensors().items()},
         }
         head = self._head(tensors)
-        self._add_text(tensors)
+        text = self._text(tensors)
         dropped = sorted({name for artifact in self.artifacts for name in artifact.manifest.tensors} - set(RULES))
         if dropped:
             self.notes.append(f"Not kept, since this program does not know how to merge them: {', '.join(dropped)}.")
@@ -142,6 +142,7 @@ class _Merge:
             preprocessing=first.preprocessing,
             sampling=self._sampling(statistics.count),
             head=head,
+            text=text,
             sources=sources,
             classes=self.classes,
             software=_joined([artifact.manifest.software for artifact in self.artifacts]),
@@ -162,21 +163,24 @@ class _Merge:
         self.notes.append("The ridge head was fitted again, to the samples of all inputs.")
         return head.info()
 
-    def _add_text(self, tensors: dict[str, NDArray[Any] | RowBlocks]) -> None:
+    def _text(self, tensors: dict[str, NDArray[Any] | RowBlocks]) -> TextInfo | None:
         having = [artifact for artifact in self.artifacts if "class/text" in artifact]
         if not having:
-            return
+            return None
         text = np.full((len(self.classes), self.artifacts[0].manifest.teacher.embed_dim), np.nan, np.float32)
-        agree = len(having) == len(self.artifacts)
+        info = self.artifacts[0].manifest.text
+        # Of different classes they would agree in every row, whatever prompts they were made of.
+        agree = len(having) == len(self.artifacts) and all(other.manifest.text == info for other in having)
         for artifact, rows in zip(self.artifacts, self.class_rows, strict=True):
             if agree:
                 known = ~np.isnan(text[rows, 0])
                 agree = bool((text[rows][known] == artifact["class/text"][known]).all())
                 text[rows] = artifact["class/text"]
-        if agree:
-            tensors["class/text"] = text
-        else:
+        if not agree:
             self.notes.append("class/text was dropped: the inputs do not all have it, or differ in it.")
+            return None
+        tensors["class/text"] = text
+        return info
 
     def _sampling(self, count: NDArray[np.int64]) -> SamplingInfo:
         parts = [artifact.manifest.sampling for artifact in self.artifacts]

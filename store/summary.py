@@ -55,6 +55,9 @@ class Summary:
             ),
             ("classes", f"{len(classes):,}: {shown}"),
         ]
+        if text := self.manifest.get("text"):
+            prompts = text["prompts"]
+            rows.append(("text", f"{len(prompts)} prompt(s), the first {prompts[0]!r}"))
         for name, info in self.manifest["tensors"].items():
             rows.append((name, f"{info['dtype']} {info['shape']}"))
         return rows

@@ -83,6 +83,7 @@ def test_the_public_names_of_the_store_are_these() -> None:
         "Summary",
         "TeacherInfo",
         "TensorInfo",
+        "TextInfo",
         "check_destination",
         "check_fits",
         "convert_artifact",

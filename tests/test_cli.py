@@ -128,6 +128,21 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
         "a folder without a teacher": ([*extract, "--teacher", folder], 1, f"{folder}: the teacher cannot be loaded ("),
         "no data set": ([*extract, "--dataset", "./no"], 1, "./no: no such data set folder. Check --dataset."),
         "no split": ([*extract, "--split", "dev"], 1, f"{data}: no split 'dev'. It has 'train', 'test'."),
+        "text beside what is not projected": (
+            [*extract, "--class-text", "--pooling", "mean"],
+            2,
+            "class_text: value error, text shares a space with projected embeddings only, not with --pooling mean",
+        ),
+        "prompts for no text": (
+            [*extract, "--prompt", "the {}"],
+            2,
+            "prompts: value error, prompts are of text embeddings, and none is stored: pass --class-text",
+        ),
+        "text of a teacher without a text tower": (
+            [*extract, "--class-text", "--prompt", "the {}", "--prompt", "{}"],
+            1,
+            f"{teacher}: ViTModel has no projection into a space that it shares with a text tower, which --class-text",
+        ),
         "no column": (
             [*extract, "--label-column", "kind"],
             1,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.extract.measures import Embedded
 from pipeline.extract.partial import Chunk
-from store import ClassStatistics, RidgeHead, RowBlocks, fit_ridge, pairs_sha256, sort_pairs
+from store import ClassStatistics, RidgeHead, RowBlocks, check_fits, fit_ridge, pairs_sha256, sort_pairs
 
 _BLOCK_ROWS = 2048
 
@@ -88,7 +88,7 @@ class Chunks:
         tensors: dict[str, NDArray[Any] | RowBlocks] = {**statistics.tensors(), **head.tensors()}
         if sample_dtype is not None:
             shape = (len(keys), *self._chunks[0].dtype["embedding"].shape)
-            blocks = (block.astype(sample_dtype) for block in self._sorted_embeddings())
+            blocks = (_convert(block, sample_dtype) for block in self._sorted_embeddings())
             tensors |= {
                 "sample/key": keys,
                 "sample/label": labels,
@@ -115,3 +115,8 @@ class Chunks:
             here = part == index
             embeddings[here] = self._chunks[index]["embedding"][images[here] - self._starts[index]]
         return embeddings
+
+
+def _convert(block: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    check_fits(block, dtype)  # a run that had asked for another type may have embedded it
+    return block.astype(dtype)

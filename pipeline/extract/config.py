@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pipeline.data import DataSettings
 from pipeline.runtime import Precision
 
-Pooling = Literal["auto", "cls", "pooled", "mean"]
+Pooling = Literal["auto", "cls", "distilled", "pooled", "mean", "projected"]
+DEFAULT_PROMPTS = ("a photo of a {}.",)  # CLIP's own default (Radford et al. 2021, section 3.1.4)
 
 
 class ExtractSettings(BaseModel):
@@ -35,6 +36,10 @@ class ExtractSettings(BaseModel):
     dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
     report_split: str | None = Field(default=None, description="split to measure the report card's accuracies on")
     pooling: Pooling = "auto"
+    class_text: bool = Field(default=False, description="also store text embeddings of the class names")
+    prompts: tuple[str, ...] = Field(
+        default=DEFAULT_PROMPTS, min_length=1, description="templates of the texts, each with one {} for the class name"
+    )
     skip_bad: bool = False
     batch_size: int | None = Field(default=None, ge=1, description="images in a forward pass; none: by device")
     precision: Precision = "auto"
@@ -56,6 +61,28 @@ class ExtractSettings(BaseModel):
         if rows is not None and not 0 <= rows[0] < rows[1]:
             raise ValueError("rows A:B are A to B - 1, with 0 ≤ A < B")
         return rows
+
+    @field_validator("class_text")
+    @classmethod
+    def _text_shares_a_space_with_images(cls, class_text: bool, known: ValidationInfo) -> bool:
+        pooling = known.data.get("pooling", "auto")
+        if class_text and pooling not in ("auto", "projected"):
+            raise ValueError(f"text shares a space with projected embeddings only, not with --pooling {pooling}")
+        return class_text
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_name_the_class_once(cls, prompts: tuple[str, ...], known: ValidationInfo) -> tuple[str, ...]:
+        for prompt in prompts:
+            if prompt.count("{}") != 1:
+                raise ValueError(f"a template needs one {{}} for the class name, {prompt!r} has {prompt.count('{}')}")
+        if prompts != DEFAULT_PROMPTS and not known.data.get("class_text", True):
+            raise ValueError("prompts are of text embeddings, and none is stored: pass --class-text")
+        return prompts
+
+    def resolved_pooling(self) -> Pooling:
+        """Return how the teacher is to be pooled: with text embeddings, in the space that they share."""
+        return "projected" if self.class_text else self.pooling
 
     def images_per_class(self) -> int | None:
         """Return how many images of each class to embed; none means all of them."""

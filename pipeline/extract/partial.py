@@ -209,10 +209,12 @@ def _write_whole(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    names = sorted(set(wanted) | set(found))
-    return [
-        f"{name} was {json.dumps(found.get(name))}, is {json.dumps(wanted.get(name))}"
-        for name in names
-        if json.dumps(found.get(name), sort_keys=True) != json.dumps(wanted.get(name), sort_keys=True)
-    ]
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    differing = []
+    for name in sorted(set(wanted) | set(found)):
+        one, other = wanted.get(name), found.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            differing += _differences(one, other, f"{prefix}{name}.")
+        elif json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True):
+            differing.append(f"{prefix}{name} was {json.dumps(other)}, is {json.dumps(one)}")
+    return differing

@@ -18,6 +18,7 @@ from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder, make_plan
 from pipeline.extract.evaluation import evaluation_embedder, load_evaluation
 from pipeline.extract.partial import PartialFolder, chunk_dtype, partial_path
+from pipeline.extract.pooling import TAKEN
 from pipeline.extract.processes import ShareDone, join_processes
 from pipeline.extract.report_card import ReportCard
 from pipeline.extract.report_files import Graded, write_report_card
@@ -31,6 +32,7 @@ from store import Manifest, SamplingInfo, check_destination, write_artifact
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
+    from pipeline.extract.text import ClassText
 
 # Images in a forward pass. On a CPU more than this no longer fit the cache; a GPU is kept busy by this many.
 _BATCH_SIZES = {"cpu": 16, "cuda": 128, "mps": 64}
@@ -81,9 +83,12 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     start = time.monotonic()
     check_destination(settings.out, overwrite=settings.overwrite)
     processes, device = join_processes(resolve_device(settings.device))
-    data, chosen = _choose(settings, load_labelled(settings.data))
+    data = load_labelled(settings.data)
+    _check_names(settings, data)
+    data, chosen = _choose(settings, data)
     evaluation = load_evaluation(settings, data.class_names)
     teacher = _load_teacher(settings, device)
+    text = _embed_names(settings, data, teacher)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
     embedder = _embedder(settings, data, chosen, teacher)
     share = Share(PartialFolder(partial_path(settings.out)), processes)
@@ -93,9 +98,17 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         if not processes.is_main:
             raise ShareDone
         chunks = Chunks(embedder.load(share.partial), len(data.class_names))
+        if len(chunks) < len(chosen.rows) and not settings.skip_bad:
+            raise PipelineError(
+                f"{share.partial.path}: an earlier run left out {len(chosen.rows) - len(chunks)} images that could not "
+                "be decoded. Pass --skip-bad again, or --overwrite to start anew."
+            )
         check_no_empty_class(chunks.count, data.class_names)
         assembled = chunks.assemble(settings.dtype if settings.samples else None)
         manifest = _manifest(embedder, chosen, assembled, len(chosen.rows) - len(chunks))
+        if text:
+            manifest = manifest.model_copy(update={"text": text.info})
+            assembled.tensors["class/text"] = text.embeddings
         manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
         per_class = settings.images_per_class()
         card = write_report_card(settings.out, Graded(chunks, data, per_class, teacher.info.name, held_out))
@@ -146,18 +159,30 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
             f"extract needs {error.name}, which is not installed: pip install 'clip-embed-kd[extract]'"
         ) from None
     precision = resolve_precision(settings.precision, device)
-    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.pooling, device, precision)
+    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.resolved_pooling(), device, precision)
     info = teacher.info
-    taken = {
-        "cls": "[CLS] after the last norm",
-        "pooled": "its own pooled output",
-        "mean": "the mean of its tokens",
-    }
     LOGGER.info(
         "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
-        *(info.name, info.architecture, taken[info.pooling], info.embed_dim, info.precision, device),
+        *(info.name, info.architecture, TAKEN[info.pooling], info.embed_dim, info.precision, device),
     )
     return teacher
+
+
+def _check_names(settings: ExtractSettings, data: Labelled) -> None:
+    if settings.class_text and not data.classes_named:
+        raise PipelineError(
+            f"{data.name}: its labels are numbers without names, and --class-text embeds names. "
+            "Leave it out, or choose a --label-column with class names."
+        )
+
+
+def _embed_names(settings: ExtractSettings, data: Labelled, teacher: "Teacher") -> "ClassText | None":
+    """Embed the class names, if asked to; before the images, since what is wrong here must not cost hours there."""
+    if not settings.class_text:
+        return None
+    from pipeline.extract.text import embed_class_names
+
+    return embed_class_names(settings, data.class_names, teacher)
 
 
 def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
@@ -169,6 +194,8 @@ def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
 
 def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:
     needed = num_classes * embed_dim * 12 + num_rows * (settings.views * embed_dim * 4 + 32)  # artifact, chunks
+    if settings.class_text:
+        needed += num_classes * embed_dim * 4
     if settings.samples:
         needed += num_rows * (settings.views * embed_dim * np.dtype(settings.dtype).itemsize + 20)
     check_output(settings.out, needed, replaceable=settings.overwrite)

@@ -20,7 +20,7 @@ from pipeline.runtime import software_versions
 from pipeline.views import VIEWS_VERSION
 from store import DataSetInfo
 
-SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
+SOFTWARE = ("torch", "torchvision", "transformers", "timm", "datasets", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,6 @@ def what_decides(embedder: Embedder) -> dict[str, Any]:
         "views": settings.views,
         "view_size": settings.view_size if settings.views > 1 else None,
         "views_version": VIEWS_VERSION,
-        "dtype": settings.dtype if settings.samples else None,
-        "skip_bad": settings.skip_bad,
         "device": embedder.teacher.model.device.type,
         "software": software_versions(SOFTWARE),
     }

@@ -1,9 +1,8 @@
-"""The teacher: any `transformers` image encoder, its own preprocessing, and how one embedding is taken from it.
+"""The teacher: any `transformers` image encoder, and its own preprocessing.
 
 The only file that imports `transformers`. Remote code is never run and pickled weights are never read.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError, first_line
 from pipeline.extract.config import Pooling
+from pipeline.extract.pooling import pool, resolve_pooling
+from pipeline.extract.tower import Tower, image_tower, weights_sha256
 from pipeline.progress import LOGGER
 from pipeline.runtime import batch_must_fit
 from store import TeacherInfo
-
-_CLASS_TOKENS = ("cls_token", "class_embedding")
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,20 @@ class Preprocess:
     def describe(self) -> dict[str, Any]:
         """Return the processor's settings as plain JSON, for the manifest."""
         settings = {key: value for key, value in self.processor.to_dict().items() if value is not None}
-        settings["backend"] = getattr(self.processor, "backend", "unknown")
+        # timm's processor is transforms of timm's own, and names no backend.
+        settings["backend"] = getattr(self.processor, "backend", "timm" if "data_config" in settings else "unknown")
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
         return plain
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher."""
+    """A loaded teacher. Only where it is pooled so, `projection` leads from its pooled output to the embedding."""
 
     model: Any
     preprocess: Preprocess
     info: TeacherInfo
+    projection: torch.nn.Module | None = None
 
     def embed(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embed_dim"]:
         """Run the teacher.
@@ -73,8 +74,22 @@ class Teacher:
         """
         # Float32 is to mean float32: cuDNN's convolutions would round their input to TF32.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pixels = pixels.to(self.model.device, self.model.dtype, non_blocking=True)
-            return _pool(self.model, self.model(pixel_values=pixels), self.info.pooling).float()
+            return pool(Tower(self.model, self.projection), self._run(pixels), self.info.pooling).float()
+
+    def has_pooled_output(self, pixels: Float[Tensor, "batch 3 height width"]) -> bool:
+        """Tell whether the model pools its output itself; not all do that could.
+
+        Args:
+            pixels: as `preprocess` returns them.
+
+        Returns:
+            Whether there is an output of that name.
+        """
+        with torch.inference_mode():
+            return getattr(self._run(pixels), "pooler_output", None) is not None
+
+    def _run(self, pixels: Tensor) -> Any:
+        return self.model(pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=True))
 
 
 def load_teacher(
@@ -85,7 +100,7 @@ def load_teacher(
     Args:
         name: e.g. `google/vit-large-patch16-224-in21k`, or a folder with config, weights and preprocessor.
         revision: hub branch, tag or commit.
-        pooling: `auto` takes [CLS] after the last norm, or the model's own pooled output where there is no [CLS].
+        pooling: how one embedding is taken; `auto` is what the encoder's authors mean.
         device: where it runs.
         precision: arithmetic of its forward pass.
 
@@ -95,58 +110,57 @@ def load_teacher(
     Raises:
         PipelineError: it is missing, not an image encoder, not whole, or cannot be pooled as asked.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     folder = Path(name)
     if not folder.is_dir() and re.match(r"^[./~]", name):
         raise PipelineError(f"{name}: no such teacher folder. Check --teacher.")
-    model, missing = _load_encoder(name, revision)
+    tower = image_tower(name, *load_pretrained(name, revision))
     commit = None if folder.is_dir() else _commit(name, revision)
     revision = commit or revision
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise PipelineError(
-            f"{name}: the teacher's image processor cannot be loaded ({first_line(error)}). "
-            "Its folder needs preprocessor_config.json."
-        ) from error
-    weights_sha256 = _weights_sha256(model, missing)
-    with batch_must_fit(1, "the teacher"):
-        model = model.eval().requires_grad_(False).to(device, precision)
-    pooling = _resolve_pooling(model, name, pooling, missing)
+    processor = _load_processor(name, revision)
+    pooling = resolve_pooling(tower, name, pooling)
+    projection = tower.projection if pooling == "projected" else None
     info = TeacherInfo(
         name=folder.resolve().name if folder.is_dir() else name,
         revision=commit,
-        weights_sha256=weights_sha256,
-        architecture=type(model).__name__,
+        weights_sha256=weights_sha256(tower.weights(projected=projection is not None)),
+        architecture=tower.architecture,
         pooling=pooling,
         embed_dim=1,
         precision=str(precision).removeprefix("torch."),
         licence=_licence(name, revision),
     )
-    teacher = Teacher(model, Preprocess(processor), info)
-    # One grey image tells the length of an embedding, and that the teacher runs here at all.
-    try:
-        with batch_must_fit(1, "the teacher"):
-            grey = teacher.preprocess([Image.new("RGB", (32, 32), "grey")])
-            embedding, again = teacher.embed(grey), teacher.embed(grey)
-    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
-        raise PipelineError(
-            f"{name}: the teacher cannot embed an image ({first_line(error)}). "
-            "Do its config.json and preprocessor_config.json belong together?"
-        ) from error
-    if not torch.allclose(embedding, again, rtol=1e-2, atol=1e-3, equal_nan=True):
-        raise PipelineError(f"{name}: the teacher gives another embedding each time (random masking?). Choose another.")
-    return replace(teacher, info=info.model_copy(update={"embed_dim": embedding.shape[1]}))
+    with batch_must_fit(1, "the teacher"):
+        model = tower.model.eval().requires_grad_(False).to(device, precision)
+        if projection is not None:
+            projection = projection.eval().requires_grad_(False).to(device, precision)
+    return _tried(Teacher(model, Preprocess(processor), info, projection), name)
 
 
-def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
+def load_pretrained(name: str, revision: str | None) -> tuple[Any, set[str]]:
+    """Load a whole model, in float32 on the CPU.
+
+    Args:
+        name: hub name, or a folder.
+        revision: hub branch, tag or commit.
+
+    Returns:
+        The model, and the names of those weights that the checkpoint does not hold, which are random.
+
+    Raises:
+        PipelineError: it is missing, not of `transformers`, or its weights have other shapes than its config says.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        model, loading = transformers.AutoModel.from_pretrained(
+        # `trust_remote_code` unset, transformers asks on the terminal whether to run the repository's code.
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        kind = (config.architectures or [""])[0]
+        # AutoModel would leave the projection of such a tower out.
+        loader = getattr(transformers, kind) if kind.endswith("VisionModelWithProjection") else transformers.AutoModel
+        model, loading = loader.from_pretrained(
             name,
             revision=revision,
             use_safetensors=True,
-            # Without this, transformers asks on the terminal whether to run the repository's code.
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
@@ -156,69 +170,60 @@ def _load_encoder(name: str, revision: str | None) -> tuple[Any, set[str]]:
             f"{name}: the teacher cannot be loaded ({first_line(error)}). "
             "It must be a transformers model with safetensors weights, by hub name or as a folder."
         ) from error
-    prefix = ""
-    if hasattr(model, "vision_model"):  # a dual encoder such as CLIP: the image tower is the teacher
-        model, prefix = model.vision_model, "vision_model."
-    if getattr(model, "main_input_name", None) != "pixel_values":
-        raise PipelineError(f"{name}: {type(model).__name__} is not an image encoder.")
-    missing = {key.removeprefix(prefix) for key in loading["missing_keys"] if key.startswith(prefix)}
-    absent = sorted(key for key in missing if not _is_pooler(key)) + sorted(map(str, loading["mismatched_keys"]))
-    if absent:
+    return model, set(loading["missing_keys"])  # keys of another shape were an error
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """Load the tokenizer of a teacher's text tower.
+
+    Args:
+        name: hub name, or a folder.
+        revision: hub branch, tag or commit.
+
+    Returns:
+        A tokenizer of `transformers`.
+
+    Raises:
+        PipelineError: it is missing, or needs a library that is not installed.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
         raise PipelineError(
-            f"{name}: {len(absent)} of the teacher's weights are not in its checkpoint ({', '.join(absent[:3])}…). "
-            "They would be random: take a checkpoint that fits its config.json."
-        )
-    return model, missing
+            f"{name}: the tokenizer for --class-text cannot be loaded ({first_line(error)}). "
+            "It must lie beside the teacher's weights."
+        ) from error
 
 
-def _resolve_pooling(model: Any, name: str, pooling: Pooling, missing: set[str]) -> Pooling:
-    if pooling == "auto":
-        pooling = "cls"
-        if not _has_class_token(model):
-            pooling = "pooled"
-            LOGGER.info("%s has no [CLS] token: its own pooled output is the embedding.", type(model).__name__)
-        elif getattr(model.config, "use_mean_pooling", False):  # BEiT and its kin
-            pooling = "pooled"
-            LOGGER.info("%s was made to be pooled over patches, and is.", type(model).__name__)
-    if pooling == "cls" and not _has_class_token(model):
-        raise PipelineError(f"{name}: {type(model).__name__} has no [CLS] token. Pass --pooling pooled or mean.")
-    if pooling == "pooled" and missing:
-        raise PipelineError(f"{name}: the checkpoint has no weights for the pooler. Pass --pooling cls or mean.")
-    return pooling
+def _load_processor(name: str, revision: str | None) -> Any:
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise PipelineError(
+            f"{name}: the teacher's image processor cannot be loaded ({first_line(error)}). "
+            "Its folder needs preprocessor_config.json."
+        ) from error
 
 
-def _pool(model: Any, output: Any, pooling: str) -> Tensor:
-    hidden: Tensor = output.last_hidden_state  # (B, tokens, D), or (B, D, height, width)
-    pooled: Tensor | None = getattr(output, "pooler_output", None)
-    if pooling == "cls":
-        # CLIP's towers apply their last norm to [CLS] alone, behind `last_hidden_state`.
-        norm = getattr(model, "post_layernorm", torch.nn.Identity())
-        cls: Tensor = norm(hidden[:, 0])
-        return cls
-    if pooling == "pooled" and pooled is not None:
-        return pooled.flatten(1)
-    if hidden.ndim == 4:
-        return hidden.mean(dim=(2, 3))
-    others = int(_has_class_token(model)) + int(getattr(model.config, "num_register_tokens", 0))
-    return hidden[:, others:].mean(dim=1)
-
-
-def _has_class_token(model: Any) -> bool:
-    return any(name.rpartition(".")[2] in _CLASS_TOKENS for name, _ in model.named_parameters())
-
-
-def _is_pooler(key: str) -> bool:
-    return "pooler." in key
-
-
-def _weights_sha256(model: torch.nn.Module, missing: set[str]) -> str:
-    """Hash name, shape and little-endian float32 values of the encoder's weights, whatever files they came in."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in missing:
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy().data)
-    return digest.hexdigest()
+def _tried(teacher: Teacher, name: str) -> Teacher:
+    """Embed one grey image: it tells the length of an embedding, and that the teacher runs here at all."""
+    info = teacher.info
+    try:
+        with batch_must_fit(1, "the teacher"):
+            grey = teacher.preprocess([Image.new("RGB", (32, 32), "grey")])
+            if info.pooling == "pooled" and not teacher.has_pooled_output(grey):
+                LOGGER.info("%s has no pooled output: the mean of its tokens is the embedding.", info.architecture)
+                info = info.model_copy(update={"pooling": "mean"})
+            teacher = replace(teacher, info=info)
+            embedding, again = teacher.embed(grey), teacher.embed(grey)
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        raise PipelineError(
+            f"{name}: the teacher cannot embed an image ({first_line(error)}). "
+            "Do its config.json and preprocessor_config.json belong together?"
+        ) from error
+    if not torch.allclose(embedding, again, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise PipelineError(f"{name}: the teacher gives another embedding each time (random masking?). Choose another.")
+    return replace(teacher, info=info.model_copy(update={"embed_dim": embedding.shape[1]}))
 
 
 def _licence(name: str, revision: str | None) -> str | None:

@@ -179,8 +179,11 @@ def test_without_some_classes_is_one_extraction_without_them(
     images.keys[7] = images.keys[6]  # an image under two labels
     text = {"class/text": np.arange(12, dtype=np.float32).reshape(3, 4)}
     path, out = tmp_path / "all.safetensors", tmp_path / "out.h5"
-    extract(path, images, dtype=dtype, with_head=True, more=text, changes={"sampling.per_class": 7})
+    info = store.TextInfo(prompts=("a {}.",), weights_sha256="d" * 64)
+    changes = {"sampling.per_class": 7, "text": info}
+    extract(path, images, dtype=dtype, with_head=True, more=text, changes=changes)
     manifest = converted(path, out, Conversion(class_only=class_only, drop_classes=dropped)).manifest
+    assert manifest.text == info
 
     plain = extract(tmp_path / "plain.safetensors", kept_of(images, dropped), dtype=dtype, with_head=True)
     kept = [row for row, name in enumerate(("ant", "bee", "cat")) if name not in dropped]

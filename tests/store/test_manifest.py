@@ -51,13 +51,15 @@ def test_bytes_are_sorted_compact_utf8_json() -> None:
     assert manifest.to_bytes() == CANONICAL.encode()
 
 
-def test_head_and_sources_stand_in_the_bytes_only_where_there_are_any() -> None:
+def test_head_text_and_sources_stand_in_the_bytes_only_where_there_are_any() -> None:
     plain = make_manifest()
     head = store.HeadInfo(penalty=1.0, loo_error=0.5, loo_accuracy=0.25)
     source = store.SourceInfo(manifest_sha256="c" * 64, data_set=plain.data_set, sampling=plain.sampling)
-    manifest = make_manifest(head=head, sources=(source,))
+    text = store.TextInfo(prompts=("a {}.", "{}"), weights_sha256="d" * 64)
+    manifest = make_manifest(head=head, sources=(source,), text=text)
     document = json.loads(manifest.to_bytes())
     assert document.pop("head") == {"penalty": 1.0, "loo_error": 0.5, "loo_accuracy": 0.25}
+    assert document.pop("text") == {"prompts": ["a {}.", "{}"], "weights_sha256": "d" * 64}
     (found,) = document.pop("sources")
     assert found == {"manifest_sha256": "c" * 64, "data_set": document["data_set"], "sampling": document["sampling"]}
     assert document == json.loads(plain.to_bytes())
@@ -152,6 +154,7 @@ def test_another_major_version_is_refused(major: object) -> None:
         ("sampling.views", 0, "Input should be greater than or equal to 1"),
         ("sampling.images_sha256", "x", "String should match pattern '^[0-9a-f]{64}$'"),
         ("head", 1, "Input should be a valid dictionary or instance of HeadInfo"),
+        ("text", "x", "Input should be a valid dictionary or instance of TextInfo"),
         ("sources", {}, "Input should be a valid tuple"),
         ("classes", [], "Tuple should have at least 1 item after validation, not 0"),
         ("classes", ["x", "a", "a"], "Value error, class name 'a' stands twice"),

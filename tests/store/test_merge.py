@@ -239,15 +239,24 @@ def test_the_manifest_says_what_was_asked_for_and_found(tmp_path: Path) -> None:
     assert (sampling.per_class, sampling.short_classes, sampling.limit) == (None, 0, None)
 
 
-@pytest.mark.parametrize("others", ["equal", "missing", "different"])
-def test_text_embeddings_are_kept_where_all_agree(tmp_path: Path, others: str) -> None:
+@pytest.mark.parametrize("others", ["equal", "missing", "different", "other prompts", "no record"])
+def test_text_embeddings_are_kept_with_their_record_where_all_agree(tmp_path: Path, others: str) -> None:
     text = np.arange(16, dtype=np.float32).reshape(4, 4)  # of ant, bee, cat, dog
-    other = {"equal": {"class/text": text[[3, 1]]}, "missing": {}, "different": {"class/text": text[[3, 2]]}}[others]
+    other = {"missing": {}, "different": {"class/text": text[[3, 2]]}}.get(others, {"class/text": text[[3, 1]]})
     more = [{"class/text": text[:3]}, other, {"class/text": text[:3]}]
-    parts = zip((*TWO_PARTS, draw_images(3, 2)), more, strict=True)
-    paths = [extract(tmp_path / f"{index}.safetensors", part, more=mine) for index, (part, mine) in enumerate(parts)]
+    info = store.TextInfo(prompts=("a {}.",), weights_sha256="d" * 64)
+    records = [
+        info,
+        {"other prompts": info.model_copy(update={"prompts": ("{}",)}), "no record": None}.get(others, info),
+    ]
+    parts = zip((*TWO_PARTS, draw_images(3, 2)), more, (*records, info), strict=True)
+    paths = [
+        extract(tmp_path / f"{index}.safetensors", part, more=mine, changes={"text": record})
+        for index, (part, mine, record) in enumerate(parts)
+    ]
     result = merged(tmp_path / "out.safetensors", *paths)
     assert result.notes == (() if others == "equal" else (TEXT_DROPPED,))
+    assert result.manifest.text == (info if others == "equal" else None)
     found = {name: array for name, array in read_all(tmp_path / "out.safetensors").items() if name == "class/text"}
     assert_same_bits(found, {"class/text": text} if others == "equal" else {})
 

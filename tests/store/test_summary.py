@@ -41,6 +41,13 @@ def test_many_classes_and_known_revisions_are_shortened(tmp_path: Path) -> None:
     assert rows["classes"] == "1,200: class 0, class 1, class 2, class 3, class 4, class 5, …"
 
 
+def test_prompts_of_text_embeddings_are_shown(tmp_path: Path) -> None:
+    text = store.TextInfo(prompts=("a photo of a {}.", "{}"), weights_sha256="d" * 64)
+    store.write_artifact(tmp_path / "artifact.h5", make_manifest(3, text=text), class_tensors(3))
+    rows = dict(store.summarise(tmp_path / "artifact.h5").rows())
+    assert rows["text"] == "2 prompt(s), the first 'a photo of a {}.'"
+
+
 def test_a_missing_artifact_has_no_summary(tmp_path: Path) -> None:
     with pytest.raises(store.ArtifactNotFoundError, match="does not exist"):
         store.summarise(tmp_path / "artifact.h5")

@@ -67,3 +67,50 @@ def test_the_stage_is_imported_without_the_library_of_teachers() -> None:
 def test_views_without_samples_are_refused() -> None:
     with pytest.raises(ValidationError, match="pass --samples, or --views 1"):
         ExtractSettings(teacher="t", data=DataSettings(dataset="d"), out=Path("a.h5"), views=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "auto"),
+        ({"pooling": "mean"}, "mean"),
+        ({"class_text": True}, "projected"),
+        ({"class_text": True, "pooling": "projected"}, "projected"),
+    ],
+)
+def test_with_text_embeddings_images_lie_in_their_space(options: dict[str, Any], expected: str) -> None:
+    assert settings(**options).resolved_pooling() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (
+            {"class_text": True, "pooling": "cls"},
+            "class_text: value error, text shares a space with projected embeddings only, not with --pooling cls, "
+            "found True",
+        ),
+        (
+            {"class_text": True, "prompts": ("a photo",)},
+            "prompts: value error, a template needs one {} for the class name, 'a photo' has 0, found ('a photo',)",
+        ),
+        (
+            {"class_text": True, "prompts": ("{}", "{} and {}")},
+            "prompts: value error, a template needs one {} for the class name, '{} and {}' has 2, "
+            "found ('{}', '{} and {}')",
+        ),
+        (
+            {"class_text": True, "prompts": ()},
+            "prompts: tuple should have at least 1 item after validation, not 0, found ()",
+        ),
+        (
+            {"prompts": ("the {}",)},
+            "prompts: value error, prompts are of text embeddings, and none is stored: pass --class-text, "
+            "found ('the {}',)",
+        ),
+    ],
+)
+def test_prompts_and_pooling_that_do_not_fit_text_are_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        settings(**options)
+    assert describe_problems(error.value) == problem

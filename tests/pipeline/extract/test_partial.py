@@ -53,7 +53,7 @@ def test_other_settings_are_refused_with_the_fields_that_differ(partial: Partial
     partial.save(0, make_chunk(2))
     assert refusal(partial, {"seed": 1, "teacher": {"name": "u"}}) == (
         f"{partial.path}: an interrupted extraction with other settings (seed was 0, is 1; "
-        'teacher was {"name": "t"}, is {"name": "u"}). Give the same command to go on with it, or pass '
+        'teacher.name was "t", is "u"). Give the same command to go on with it, or pass '
         "--overwrite to start anew."
     )
     assert len(partial.finished()) == 1

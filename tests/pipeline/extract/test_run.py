@@ -442,7 +442,28 @@ def test_an_absent_device_is_refused_before_the_data_is_read(run: Run, monkeypat
     assert message.startswith("device 'cuda': PyTorch sees 0 CUDA devices. ")
 
 
-@pytest.mark.usefixtures("nothing_left")
+def test_a_bad_image_costs_nothing_but_the_option_that_leaves_it_out(run: Run, damaged_data: Path) -> None:
+    options: dict[str, Any] = {"data": data_of(damaged_data), "samples": True, "batch_size": 1}
+    assert "row 3: the image cannot be decoded" in refusal(run, **options)
+    result = run(skip_bad=True, **options)
+    assert (result.num_resumed, result.num_images) == (3, 4)
+
+
+def test_images_that_an_earlier_run_left_out_are_not_forgotten(
+    run: Run, damaged_data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"data": data_of(damaged_data), "samples": True, "batch_size": 1}
+    with monkeypatch.context() as context:
+        fail_in_batch(context, 4, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(skip_bad=True, **options)
+    assert refusal(run, **options) == (
+        f"{out}.partial: an earlier run left out 2 images that could not be decoded. Pass --skip-bad again, or "
+        "--overwrite to start anew."
+    )
+    assert run(skip_bad=True, **options).manifest.sampling.skipped_images == 2
+
+
 def test_a_teacher_that_gives_nan_is_named_with_the_row(
     run: Run, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,12 +480,14 @@ def test_a_teacher_that_gives_nan_is_named_with_the_row(
     )
 
 
-@pytest.mark.usefixtures("nothing_left")
 def test_an_embedding_too_large_for_float16_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_large = "an embedding reaches 1e+05, float16 ends at 6.55e+04. Pass --dtype float32."
     fail_in_batch(monkeypatch, 2, lambda embeddings: torch.full_like(embeddings, 1e5))
     with pytest.raises(store.ArtifactWriteError) as error:
         run(samples=True, batch_size=8)
-    assert str(error.value) == "an embedding reaches 1e+05, float16 ends at 6.55e+04. Pass --dtype float32."
+    assert str(error.value) == too_large
+    fail_in_batch(monkeypatch, 1, lambda embeddings: torch.full_like(embeddings, 1e5))
+    assert run(samples=True, batch_size=8, dtype="float32").num_resumed == 8  # as the message advises
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -476,15 +499,24 @@ def test_a_batch_that_does_not_fit_gives_advice(run: Run, monkeypatch: pytest.Mo
     assert refusal(run, batch_size=8) == "out of memory: the teacher at batch size 8. Try --batch-size 4."
 
 
-@pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_run_leaves_its_finished_batches(
     run: Run, out: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, workers: int
 ) -> None:
     fail_in_batch(monkeypatch, 2, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(out=out.with_suffix(suffix), samples=True, batch_size=8, workers=workers)
+    (left,) = out.parent.iterdir()
+    assert left.name == f"a{suffix}.partial"
+    assert sorted(path.suffixes for path in left.iterdir()) == [[".begun", ".npy"], [".json"]]
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_run_that_is_interrupted_at_once_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_in_batch(monkeypatch, 1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(samples=True, batch_size=8)
 
 
 def test_a_decoding_process_that_dies_is_one_line(
