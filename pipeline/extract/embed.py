@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,13 @@ class Plan:
     def num_images(self, indices: Sequence[int]) -> int:
         """Return how many rows some chunks have."""
         return sum(len(rows) for index in indices for rows in self.chunks[index])
+
+
+class Keeper(Protocol):
+    """What finished chunks are given to: the folder that keeps them, or a check that compares them."""
+
+    def save(self, index: int, chunk: Chunk) -> None:
+        """Take one finished chunk."""
 
 
 def make_plan(rows: NDArray[np.int64], batch_size: int) -> Plan:
@@ -77,12 +84,12 @@ class Embedder:
             chunk = partial.load(index, self.dtype)
         return chunk
 
-    def run(self, indices: Sequence[int], partial: PartialFolder) -> float:
+    def run(self, indices: Sequence[int], keeper: Keeper) -> float:
         """Embed some chunks and save each as soon as it is finished.
 
         Args:
             indices: which chunks.
-            partial: where they go.
+            keeper: where they go.
 
         Returns:
             The seconds that it took.
@@ -97,7 +104,7 @@ class Embedder:
             batches = read_batches(self.data, cuts, self.rendering, self.num_workers)
             for index in indices:
                 records = [self._embed(next(batches), bar) for _ in self.plan.chunks[index]]
-                partial.save(index, np.concatenate(records))
+                keeper.save(index, np.concatenate(records))
         return bar.seconds
 
     def _embed(self, batch: Batch, bar: ProgressBar) -> Chunk:

@@ -34,7 +34,7 @@ from store import DataSetInfo, Manifest, SamplingInfo, check_destination, write_
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
 
-_SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
+SOFTWARE = ("torch", "torchvision", "transformers", "datasets", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ def extract(settings: ExtractSettings) -> ExtractResult:
             "%d of %d classes have fewer than %d images; all of theirs are used.",
             *(chosen.short_classes, len(data.class_names), per_class),
         )
-    teacher = _load_teacher(settings, device)
+    teacher = load_settings_teacher(settings, device)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
     rendering = Rendering(teacher.preprocess, settings.views, settings.view_size, settings.seed)
     plan = make_plan(chosen.rows, settings.batch_size)
-    embedder = Embedder(settings, data, teacher, rendering, plan, _num_workers(settings, device))
+    embedder = Embedder(settings, data, teacher, rendering, plan, choose_num_workers(settings, device))
     partial = PartialFolder(settings.out)
     with _keep_if_worthwhile(partial, processes):
         num_resumed, embed_seconds = _embed_share(embedder, partial, processes, _what_decides(embedder, chosen))
@@ -173,11 +173,16 @@ def _what_decides(embedder: Embedder, chosen: _Chosen) -> dict[str, Any]:
         "dtype": settings.dtype if settings.samples else None,
         "skip_bad": settings.skip_bad,
         "device": embedder.teacher.model.device.type,
-        "software": software_versions(_SOFTWARE),
+        "software": software_versions(SOFTWARE),
     }
 
 
-def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
+def load_settings_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
+    """Load the teacher that settings name, and say how its embedding is taken.
+
+    Raises:
+        PipelineError: its library is not installed, or it cannot be loaded.
+    """
     try:
         from pipeline.extract.teacher import load_teacher
     except ModuleNotFoundError as error:
@@ -199,7 +204,8 @@ def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
     return teacher
 
 
-def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
+def choose_num_workers(settings: ExtractSettings, device: torch.device) -> int:
+    """Return how many processes decode images beside this one."""
     if settings.workers is not None:
         return settings.workers
     # On a CPU the teacher itself keeps every core busy, and where processes do not fork (macOS) each would start anew.
@@ -236,7 +242,7 @@ def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad
         ),
         head=assembled.head.info(),
         classes=data.class_names,
-        software=software_versions(_SOFTWARE),
+        software=software_versions(SOFTWARE),
     )
 
 
