@@ -49,6 +49,14 @@ class Compared:
     notes: tuple[str, ...] = ()
     counts: dict[str, int] | None = None
 
+    def worst(self) -> list[tuple[str, float]]:
+        """Return the names and relative errors of the rows that are furthest from the file's."""
+        several = self.comparison.relative_error.shape[1] > 1
+        return [
+            (self.names[row] + (f", view {view}" if several else ""), error)
+            for row, view, error in self.comparison.worst(_MAX_WORST)
+        ]
+
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -103,7 +111,7 @@ class CheckResult:
             ("relative error", f"median {np.median(errors):.2g}, worst {errors.max():.2g}"),
             ("tolerance", f"{self.tolerance:g}, and the rounding of the file's type"),
             ("cosine", f"{cosine.mean():.7f} in the mean"),
-            *(("worst", f"{name}: {error:.2g}") for name, error in self._worst()),
+            *(("worst", f"{name}: {error:.2g}") for name, error in compared.worst()),
             *(("differs", line) for line in compared.failures),
             *(("note", line) for line in compared.notes),
             ("time", duration(self.seconds)),
@@ -139,21 +147,11 @@ class CheckResult:
             "median_relative_error": float(np.median(numbers.relative_error)),
             "worst_relative_error": float(numbers.relative_error.max()),
             "mean_cosine": float(numbers.cosine.mean()),
-            "worst": [{"name": name, "relative_error": error} for name, error in self._worst()],
+            "worst": [{"name": name, "relative_error": error} for name, error in compared.worst()],
             "failures": compared.failures,
             "notes": compared.notes,
             **(compared.counts or {}),
         }
-
-    def _worst(self) -> list[tuple[str, float]]:
-        if self.compared is None:
-            return []
-        names, comparison = self.compared.names, self.compared.comparison
-        several = comparison.relative_error.shape[1] > 1
-        return [
-            (names[row] + (f", view {view}" if several else ""), error)
-            for row, view, error in comparison.worst(_MAX_WORST)
-        ]
 
     def _versions(self) -> tuple[str, ...]:
         here = software_versions(SOFTWARE)
@@ -173,8 +171,8 @@ class CheckResult:
         if versions := self._versions():
             causes.append(f"other versions ({listed(versions)})")
         return "; or ".join(causes) or (
-            "none that the manifest shows, for weights, preprocessing and versions are the file's: were its numbers "
-            "changed, or once stored as int8?"
+            "none that the manifest shows: weights, preprocessing and versions are the file's; its numbers may have "
+            "been changed, or stored as int8 before"
         )
 
 
