@@ -141,7 +141,7 @@ def cli() -> None:
 @_version_option
 @click.pass_context
 def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
-    """Stage one: run the teacher once and write its embeddings; or --check those of an artifact."""
+    """Stage one: run the teacher once and write its embeddings."""
     from pipeline.extract import ExtractSettings, ShareDone, extract
     from pipeline.progress import duration, size
 
