@@ -16,10 +16,10 @@ Floats = NDArray[np.float64]
 
 # Relative errors ‖a − b‖/‖b‖ of one embedding between two runs with equal weights and pixels, each with room above the
 # worst that was measured: ViT-Ti/16 and EfficientNet-Lite0, 128 CIFAR-100 images × 2 views, on one CPU limited to AVX2
-# or not. The size of the batch changed no bit there; on a GPU it does, by as much as another CPU does.
+# or not. The size of the batch changed no bit there; on a GPU it may, and none was at hand to measure.
 FLOAT32_TOLERANCE = 1e-3  # measured 4e-6; one grey level in 0.07 % of the pixels, by another resize, is 3e-3 already
 BFLOAT16_TOLERANCE = 0.1  # measured 0.024; rounding grows with the square root of the depth, and a ViT-g has 40 layers
-MIXED_TOLERANCE = 0.5  # bfloat16 beside float32, measured 0.042 (ViT) and 0.34 (EfficientNet); other weights give 1.4
+MIXED_TOLERANCE = 0.5  # bfloat16 beside float32, measured 0.042 (ViT) and 0.34 (EfficientNet); strangers are 1.4 apart
 _FLOAT16_STEP, _FLOAT16_SMALLEST = 2.0**-11, 2.0**-25  # largest rounding: relative, and absolute below 6e-5
 
 
