@@ -19,6 +19,11 @@ import click
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 _PATH = click.Path(path_type=Path)
 _BYTES_WITHOUT_BAR = 1_000_000_000  # less is done in a second or so
+# What `extract --check` takes; the rest says what an artifact shall contain, and stands in its manifest.
+_CHECK_TAKES = {
+    *("check", "fraction", "teacher", "teacher_revision", "dataset", "dataset_config", "dataset_revision", "split"),
+    *("image_column", "label_column", "batch_size", "precision", "device", "workers", "as_json"),
+}
 
 
 def _example(*lines: str) -> str:
@@ -105,7 +110,16 @@ def cli() -> None:
 @click.option("--teacher", required=True, metavar="T", help="transformers image encoder: hub name or folder")
 @click.option("--teacher-revision", metavar="REV", help="hub branch, tag or commit")
 @_data_options("train")
-@click.option("--out", required=True, type=_PATH, help="artifact to write: .safetensors or .h5")
+@click.option("--out", type=_PATH, help="artifact to write: .safetensors or .h5; required unless --check is given")
+@click.option(
+    "--check", type=_PATH, metavar="A", help="embed some of this artifact's images again and compare; write nothing"
+)
+@click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.01,
+    help="share of samples, or of classes where there are none, to --check",
+)
 @click.option(
     "--per-class",
     type=_PerClass(),
@@ -152,11 +166,16 @@ def cli() -> None:
 @_overwrite_option
 @_json_option
 @_version_option
-def extract(as_json: bool, **options: Any) -> None:
+@click.pass_context
+def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
     """Stage one: run the teacher once and write its embeddings."""
     from pipeline.extract import ExtractSettings, ShareDone, extract
     from pipeline.progress import duration, size
 
+    if _checks(context):
+        _check(context, as_json)
+        return
+    del options["check"], options["fraction"]
     try:
         result = extract(ExtractSettings(data=_data_settings(options), **options))
     except ShareDone:
@@ -527,6 +546,7 @@ def main() -> NoReturn:
         if text is None:
             raise
         click.echo(f"Error: {_printable(text)}", err=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while Python shuts down, an exception would be shown
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -544,6 +564,53 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}.", 1
     return None, 1
+
+
+def _given(context: click.Context) -> dict[str, Any]:
+    """Return the options that stand on the command line."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+
+
+def _checks(context: click.Context) -> bool:
+    """Tell whether `extract` is to check; refuse options that do not go together."""
+    given, flags = _given(context), {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    if "check" in given:
+        if "out" in given:
+            raise click.UsageError("--out does not go with --check, which writes nothing.", context)
+        if wrong := [str(flags[name]) for name in given if name not in _CHECK_TAKES]:
+            do = "do" if len(wrong) > 1 else "does"
+            raise click.UsageError(
+                f"{', '.join(wrong)} {do} not go with --check: the artifact's manifest says how it was made.", context
+            )
+        return True
+    if "fraction" in given:
+        raise click.UsageError("--fraction is a share of what to --check: pass --check A too.", context)
+    if "out" not in given:
+        raise click.UsageError("Missing option '--out', or '--check'.", context)
+    return False
+
+
+def _check(context: click.Context, as_json: bool) -> None:
+    """Check an artifact, print what was found, and fail where something differs."""
+    from pipeline.data import DataSettings
+    from pipeline.errors import PipelineError
+    from pipeline.extract import CheckSettings, check_artifact
+    from pipeline.progress import log_to_stderr
+
+    log_to_stderr()
+    given = _given(context)
+    renamed = {"dataset_config": "config", "dataset_revision": "revision"}
+    names = ("dataset", *renamed, "split", "image_column", "label_column")
+    data = DataSettings(**{renamed.get(name, name): given.pop(name) for name in names if name in given})
+    given.pop("as_json", None)
+    result = check_artifact(CheckSettings(artifact=given.pop("check"), data=data, **given))
+    _emit(as_json, result.as_json(), result.rows())
+    if not result.matches:
+        raise PipelineError(f"{result.path.name}: {result.verdict()}")
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,11 +118,47 @@ def test_json_of_extract_and_distill_is_all_that_stands_on_stdout(
     assert json.loads(out)["manifest"]["teacher"]["embed_dim"] == 24
 
 
+def test_an_artifact_is_checked_from_the_command_line(
+    tiny_teacher: Path, saved_data: Path, artifact: Path, run: Run
+) -> None:
+    command = ("extract", "--teacher", tiny_teacher, "--dataset", saved_data, "--check", artifact)
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "compared        1 of 30 samples, in " in out
+    assert out.splitlines()[-1] == "result          matches: 1 of 30 samples"
+    code, out, _ = run(*command, "--fraction", 0.5, "--batch-size", 4, "--workers", 0, "--split", "train", "--json")
+    assert code == 0
+    assert json.loads(out)["num_compared"] == 15
+    code, out, err = run(*command, "--split", "test")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("Error: tiny.safetensors: none of its samples is among 12 images of ")
+
+
+def test_an_artifact_that_differs_is_one_line_beside_the_report(
+    tiny_teacher: Path, saved_data: Path, artifact: Path, tmp_path: Path, run: Run
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    settings = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [-1.0, 0.5, 0.5]}))
+    command = ("extract", "--teacher", other, "--dataset", saved_data, "--check", artifact)
+    for options in ((), ("--json",)):
+        code, out, err = run(*command, *options)
+        assert code == 1
+        assert err.splitlines()[-1] == (
+            "Error: tiny.safetensors: 1 of 1 samples differ from the file's. "
+            "Likely cause: other preprocessing (image_mean)."
+        )
+        assert json.loads(out)["matches"] is False if options else out.splitlines()[-1] == "result          FAILED"
+
+
 def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[str, tuple[list[object], int, str]]:
     out = folder / "out" / "x.safetensors"
     extract: list[object] = ["extract", "--teacher", teacher, "--dataset", data, "--out", out]
     run = folder / "out" / "run"
     distill: list[object] = ["distill", "--artifact", artifact, "--dataset", data, "--out", run, "--max-steps", 1]
+    check: list[object] = ["extract", "--teacher", teacher, "--dataset", data, "--check", artifact]
+    manifest = "the artifact's manifest says how it was made."
     two_labels, floats, empty = folder / "two", folder / "floats", folder / "empty"
     return {
         "no teacher": ([*extract, "--teacher", "./nowhere"], 1, "./nowhere: no such teacher folder. Check --teacher."),
@@ -179,6 +216,26 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             [*extract, "--out", artifact],
             1,
             f"{artifact}: exists. Choose another --out, or pass --overwrite.",
+        ),
+        "neither an artifact to write nor one to check": (extract[:-2], 2, "Missing option '--out', or '--check'."),
+        "a check that writes": ([*check, "--out", out], 2, "--out does not go with --check, which writes nothing."),
+        "a check with a seed": ([*check, "--seed", 1], 2, f"--seed does not go with --check: {manifest}"),
+        "a check of one's own sampling": (
+            [*check, "--per-class", 3, "--limit", 9, "--samples"],
+            2,
+            f"--per-class, --limit, --samples do not go with --check: {manifest}",
+        ),
+        "a fraction of nothing": (
+            [*extract, "--fraction", 0.5],
+            2,
+            "--fraction is a share of what to --check: pass --check A too.",
+        ),
+        "a fraction out of range": ([*check, "--fraction", 0], 2, "Invalid value for '--fraction': 0.0 is not in the"),
+        "a fraction that is no number": ([*check, "--fraction", "nan"], 2, "fraction: input should be "),
+        "no artifact to check": (
+            [*check, "--check", folder / "no.h5"],
+            1,
+            f"{folder / 'no.h5'}: artifact does not exist. Make one with `clip-embed-kd extract`.",
         ),
         "no GPU": ([*distill, "--device", "cuda:99"], 1, "device 'cuda:99': PyTorch sees "),
         "an unknown device": ([*distill, "--device", "abacus"], 1, "device 'abacus' is unknown; "),

@@ -89,3 +89,26 @@ class ExtractSettings(BaseModel):
         if self.per_class is None:
             return None if self.samples else 100
         return None if self.per_class == "all" else self.per_class
+
+
+class CheckSettings(BaseModel):
+    """Which artifact is checked, against what. What it contains, and how it was made, its manifest says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    artifact: Path
+    teacher: str = Field(min_length=1, description="hub name or folder of a transformers image encoder")
+    teacher_revision: str | None = None
+    data: DataSettings = Field(description="its split and columns are the manifest's where they are not set")
+    fraction: float = Field(default=0.01, gt=0, le=1, description="of the samples, or of the classes where none is")
+    batch_size: int | None = Field(default=None, ge=1)
+    precision: Precision | None = Field(default=None, description="none: the manifest's, where the hardware has it")
+    device: str = "auto"
+    workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
+
+    @field_validator("data")
+    @classmethod
+    def _all_rows(cls, data: DataSettings) -> DataSettings:
+        if data.limit is not None:
+            raise ValueError("a limit is the manifest's to say: leave it out")
+        return data

@@ -1,5 +1,6 @@
 """Embed the images of an extraction, chunk by chunk, and keep each finished chunk."""
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,19 +136,35 @@ class Embedder:
         """
         begun = {index: partial.read_begun(*found, self.dtype) for index, found in partial.begun().items()}
         cuts = [rows for index in indices for rows in self._missing(index, begun)]
+        start = time.monotonic()
+        with StopRequest("the batch in hand") as stop, ChunkWriter(partial) as writer:
+            embedded = self.embed(cuts, stop)
+            for index in indices:
+                missing = self._missing(index, begun)
+                with writer.chunk(index, begun.pop(index, [])) as records:
+                    for _ in missing:
+                        records.append(next(embedded))
+                        stop.obey()
+        return time.monotonic() - start
+
+    def embed(self, cuts: Sequence[NDArray[np.int64]], stop: StopRequest | None = None) -> Iterator[Chunk]:
+        """Embed batches, with a progress bar.
+
+        Args:
+            cuts: for each batch, which rows of the data.
+            stop: who may have asked this process to stop.
+
+        Yields:
+            The records of each batch; fewer than rows where images were left out.
+
+        Raises:
+            PipelineError: an image is bad, or memory ran out.
+            StoreError: an embedding does not fit the dtype.
+        """
         fits = batch_must_fit(self.batch_size, "the teacher")
         num_images = sum(len(rows) for rows in cuts)
-        stop = StopRequest("the batch in hand")
-        with ProgressBar(self.what, max(1, num_images)) as bar, stop, _workers_must_live(stop), fits:
-            embedded = self._embed(cuts, bar)
-            with ChunkWriter(partial) as saving:
-                for index in indices:
-                    missing = self._missing(index, begun)
-                    with saving.chunk(index, begun.pop(index, [])) as records:
-                        for _ in missing:
-                            records.append(next(embedded))
-                            stop.obey()
-        return bar.seconds
+        with ProgressBar(self.what, max(1, num_images)) as bar, _workers_must_live(stop), fits:
+            yield from self._embed(cuts, bar)
 
     def _missing(self, index: int, begun: Mapping[int, list[Chunk]]) -> tuple[NDArray[np.int64], ...]:
         return self.plan.chunks[index][len(begun.get(index, ())) :]
@@ -206,13 +223,14 @@ class _Result:
 
 
 @contextmanager
-def _workers_must_live(stop: StopRequest) -> Iterator[None]:
+def _workers_must_live(stop: StopRequest | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
             raise
-        stop.obey()  # the signal went to the whole process group
+        if stop is not None:
+            stop.obey()  # the signal went to the whole process group
         raise PipelineError(
             "a decoding process died, for want of memory or of shared memory (/dev/shm). "
             "Try --workers 0, or a smaller --batch-size."

@@ -1,24 +1,21 @@
 """Stage one, from settings to artifact: sample rows, embed them in chunks, assemble, write."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.data import Labelled, load_labelled
 from pipeline.errors import PipelineError
 from pipeline.extract.assemble import Assembled, Chunks
-from pipeline.extract.batches import Rendering
 from pipeline.extract.config import ExtractSettings
-from pipeline.extract.embed import Embedder, make_plan
+from pipeline.extract.embed import Embedder
 from pipeline.extract.evaluation import evaluation_embedder, load_evaluation
-from pipeline.extract.partial import PartialFolder, chunk_dtype, partial_path
-from pipeline.extract.pooling import TAKEN
+from pipeline.extract.partial import PartialFolder, partial_path
+from pipeline.extract.preparation import load_settings_teacher, make_embedder
 from pipeline.extract.processes import ShareDone, join_processes
 from pipeline.extract.report_card import ReportCard
 from pipeline.extract.report_files import Graded, write_report_card
@@ -26,16 +23,13 @@ from pipeline.extract.sampling import check_no_empty_class, rows_within, sample_
 from pipeline.extract.share import SOFTWARE, Share, data_set_info
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
-from pipeline.runtime import PeakMemory, peak_memory, resolve_device, resolve_precision, software_versions
+from pipeline.runtime import PeakMemory, peak_memory, resolve_device, software_versions
 from pipeline.views import VIEWS_VERSION
 from store import Manifest, SamplingInfo, check_destination, write_artifact
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
     from pipeline.extract.text import ClassText
-
-# Images in a forward pass. On a CPU more than this no longer fit the cache; a GPU is kept busy by this many.
-_BATCH_SIZES = {"cpu": 16, "cuda": 128, "mps": 64}
 
 
 @dataclass(frozen=True)
@@ -87,10 +81,10 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     _check_names(settings, data)
     data, chosen = _choose(settings, data)
     evaluation = load_evaluation(settings, data.class_names)
-    teacher = _load_teacher(settings, device)
+    teacher = load_settings_teacher(settings, device)
     text = _embed_names(settings, data, teacher)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
-    embedder = _embedder(settings, data, chosen, teacher)
+    embedder = make_embedder(settings, data, chosen.rows, teacher)
     share = Share(PartialFolder(partial_path(settings.out)), processes)
     with share.kept_if_worthwhile():
         embedded = share.embed(embedder)
@@ -141,33 +135,6 @@ def _choose(settings: ExtractSettings, data: Labelled) -> tuple[Labelled, _Chose
     return data, _Chosen(rows, short_classes)
 
 
-def _embedder(settings: ExtractSettings, data: Labelled, chosen: _Chosen, teacher: "Teacher") -> Embedder:
-    device = teacher.model.device
-    batch_size = settings.batch_size or _BATCH_SIZES[device.type]
-    rendering = Rendering(
-        teacher.preprocess, settings.views, settings.view_size, settings.seed, precision=teacher.model.dtype
-    )
-    plan = make_plan(chosen.rows, batch_size, chunk_dtype(settings.views, teacher.info.embed_dim).itemsize)
-    return Embedder(settings, data, teacher, rendering, plan, batch_size, _num_workers(settings, device))
-
-
-def _load_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
-    try:
-        from pipeline.extract.teacher import load_teacher
-    except ModuleNotFoundError as error:
-        raise PipelineError(
-            f"extract needs {error.name}, which is not installed: pip install 'clip-embed-kd[extract]'"
-        ) from None
-    precision = resolve_precision(settings.precision, device)
-    teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.resolved_pooling(), device, precision)
-    info = teacher.info
-    LOGGER.info(
-        "Teacher %s (%s): the embedding is %s, %d values, in %s on %s.",
-        *(info.name, info.architecture, TAKEN[info.pooling], info.embed_dim, info.precision, device),
-    )
-    return teacher
-
-
 def _check_names(settings: ExtractSettings, data: Labelled) -> None:
     if settings.class_text and not data.classes_named:
         raise PipelineError(
@@ -183,13 +150,6 @@ def _embed_names(settings: ExtractSettings, data: Labelled, teacher: "Teacher") 
     from pipeline.extract.text import embed_class_names
 
     return embed_class_names(settings, data.class_names, teacher)
-
-
-def _num_workers(settings: ExtractSettings, device: torch.device) -> int:
-    if settings.workers is not None:
-        return settings.workers
-    # On a CPU the teacher itself keeps every core busy, and where processes do not fork (macOS) each would start anew.
-    return min(8, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
 
 
 def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embed_dim: int) -> None:

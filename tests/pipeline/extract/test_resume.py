@@ -300,7 +300,7 @@ def test_a_process_that_dies_stops_the_other_and_the_next_run_goes_on(
     assert done.returncode != 0
     assert time.monotonic() - start < 60  # of which most is spent on imports
     assert "Signal 9 (SIGKILL)" in done.stderr
-    assert "cli.py" not in done.stderr  # the launcher shows a traceback of its own
+    assert "cli.py" not in done.stderr, done.stderr  # the launcher shows a traceback of its own
     assert not out.exists()
     assert len(PartialFolder(partial_path(out)).finished()) >= 1
     assert extract(settings("two.safetensors")).num_resumed >= 8

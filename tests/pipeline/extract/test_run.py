@@ -21,7 +21,7 @@ import store
 from pipeline.data import DataSettings, sample_key
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractResult, ExtractSettings, extract
-from pipeline.extract.run import _num_workers
+from pipeline.extract.preparation import choose_num_workers
 from pipeline.extract.sampling import sample_rows
 from pipeline.extract.teacher import Teacher
 from tests.conftest import CLASS_NAMES, make_images
@@ -326,8 +326,8 @@ def test_only_beside_a_cuda_gpu_do_other_processes_decode(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
     settings = ExtractSettings(teacher="t", data=data_of(Path("d")), out=Path("a.h5"))
-    assert _num_workers(settings, torch.device(device)) == expected
-    assert _num_workers(settings.model_copy(update={"workers": 3}), torch.device(device)) == 3
+    assert choose_num_workers(settings, torch.device(device)) == expected
+    assert choose_num_workers(settings.model_copy(update={"workers": 3}), torch.device(device)) == 3
 
 
 # Refusals: every one leaves the folder as it was
