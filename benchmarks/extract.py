@@ -216,7 +216,7 @@ def measure_memory(setup: Setup) -> Figures:
     few = setup.count(many * FEW_IMAGES // MANY_IMAGES)
     teacher = made_inputs.tiny_teacher(setup.work)
     idle = subprocess.run([sys.executable, "-c", IDLE], stdout=subprocess.PIPE, text=True, check=True).stdout
-    figures: Figures = {"idle with torch, anonymous MB": round(int(idle) / 1e3, 1)}
+    figures: Figures = {"teacher": teacher.name, "idle with torch, anonymous MB": round(int(idle) / 1e3, 1)}
     peaks = []
     for images in (few, many):
         out = fresh_folder(setup.work / "memory") / "a.safetensors"

@@ -63,6 +63,7 @@ def jpeg_images(work: Path, num_images: int) -> Path:
 
 def _teacher(folder: Path, config: transformers.ViTConfig) -> Path:
     if not folder.exists():
+        transformers.utils.logging.disable_progress_bar()
         torch.manual_seed(0)
         side = {"height": config.image_size, "width": config.image_size}
         with _whole(folder) as unfinished:
