@@ -181,7 +181,7 @@ def sum_of_kills(outcomes: list[Outcome], number: signal.Signals) -> Figures:
         "artifacts equal": sum("a.safetensors" not in outcome.differing for outcome in chosen),
         "folders equal": sum(not outcome.differing for outcome in chosen),
         "files that differ": sorted({name for outcome in chosen for name in outcome.differing}),
-        "images not embedded again": [outcome.num_resumed for outcome in chosen],
+        "images not embedded again": [outcome.num_resumed for outcome in chosen if outcome.num_resumed is not None],
     }
 
 

@@ -59,13 +59,17 @@ class Alone:
 
 @dataclass
 class Outcome:
-    """What became of a command that was killed `killed_in` these phases, and finished after `num_resumed` images."""
+    """What became of a command that was killed `killed_in` these phases.
+
+    `num_resumed` images were there already when its last run began; none where no run followed. `num_damaged` times it
+    left an artifact that is not whole; files that are `differing` in the end are other ones, missing, or too many.
+    """
 
     number: signal.Signals
     killed_in: list[str] = field(default_factory=list)
     odd_exits: list[int] = field(default_factory=list)
     num_damaged: int = 0
-    num_resumed: int = 0
+    num_resumed: int | None = None
     differing: list[str] = field(default_factory=list)
 
 
@@ -99,6 +103,8 @@ class Killer:
             if code not in (-self.number, 128 + self.number):
                 outcome.odd_exits.append(code)
             outcome.num_damaged += out.exists() and out.read_bytes() != self.alone.left[out.name]
+            if outcome.killed_in[-1] == "end":
+                break
         else:
             outcome.num_resumed = run(_again(command, out))["num_resumed"]
         found, wanted = contents(out.parent), self.alone.left
@@ -124,8 +130,9 @@ def _partial(out: Path) -> Path:
 
 
 def _phase(out: Path) -> str:
+    """Tell by its files what a process was at when it died; at the end all that it makes is there."""
     if out.exists():
-        return "report card"
+        return "report card" if _partial(out).exists() else "end"
     return "embedding" if _partial(out).exists() else "start"
 
 
