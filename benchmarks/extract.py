@@ -1,0 +1,366 @@
+"""Measure extraction against what the machine and transformers can do, and try what it promises.
+
+    python benchmarks/extract.py --work runs/extract [--only NAME]… [--device cpu|cuda] [--images N]
+
+Speed is compared in one process, the two sides in turn, medians over pairs; promises are tried on the command, in
+processes of its own. It needs a folder with `data/cifar100` and `teachers/`, by default ../shared; CLIP_EMBED_KD_SHARED
+names another. With --device cuda it makes its own: JPEG files, and a ViT-B/16 of random weights. Linux only.
+A check or a target that is false makes it exit 1, once everything is written; a trial (--images) has no targets.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import datasets
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers.pipelines.pt_utils import KeyDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import store
+from benchmarks import made_inputs
+from benchmarks.extract_processes import Alone, Killer, Outcome, contents, run, watch
+from benchmarks.extract_setup import MADE_IMAGES, Setup, choose_setup, fresh_folder, machine
+from pipeline.data import load_labelled, sample_key, to_rgb
+from pipeline.extract import ExtractSettings
+from pipeline.extract.teacher import load_teacher
+from pipeline.runtime import Precision, resolve_device, resolve_precision
+
+FORWARD_IMAGES = {"cpu": 2048, "cuda": MADE_IMAGES}
+PIPELINE_IMAGES = {"cpu": 1024, "cuda": 2048}
+RATED_IMAGES = {"cpu": 1024, "cuda": 8192}
+WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16
+KILLED_IMAGES, SHARED_IMAGES = 3072, 4096  # three and four chunks
+FEW_IMAGES, MANY_IMAGES = 10_000, 50_000
+BATCH_SIZES, ROUNDS = (8, 16, 32, 64, 128), 3
+BATCH_SIZE = ExtractSettings.model_fields["batch_size"].default
+KNOWN_PERCENT = {"nearest_mean": 67.0, "ridge": 68.5}  # ViT-Ti/16 on the test split of CIFAR-100
+IDLE = "import torch; print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
+Figures = dict[str, Any]
+
+
+@click.command()
+@click.option(
+    "--work", type=click.Path(path_type=Path), required=True, help="folder for artifacts and figures; one a machine"
+)
+@click.option("--only", multiple=True, metavar="NAME", help="measure these only, and keep the other figures")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("--made", is_flag=True, help="made images and teacher, as with --device cuda")
+@click.option("--teacher", type=click.Path(path_type=Path), help="another teacher's folder")
+@click.option("--dataset", type=click.Path(path_type=Path), help="another data set's folder")
+@click.option("--label-column", default="fine_label", show_default=True, help="of --dataset")
+@click.option("--images", type=click.IntRange(min=1), help="a trial: at most so many images each")
+@click.option("--pairs", default=5, show_default=True, help="how often two speeds are compared")
+@click.option("--kills", default=20, show_default=True, help="processes to kill")
+def main(only: tuple[str, ...], **options: Any) -> None:
+    """Print every figure and write them to WORK/extract.json."""
+    if unknown := set(only) - set(MEASURES):
+        raise click.UsageError(f"--only {', '.join(sorted(unknown))}: expected {', '.join(MEASURES)}")
+    setup = choose_setup(**options)
+    path, facts = setup.work / "extract.json", machine(setup.device)
+    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": facts}
+    if figures["machine"] != facts:
+        raise click.UsageError(f"{path} is of another machine: {figures['machine']}. Choose another --work.")
+    failed = []
+    for name in only or usual_measures(setup):
+        try:
+            measured = MEASURES[name](setup)
+        except subprocess.CalledProcessError as error:  # says itself why; the other measures go on
+            measured = {"checks": {"the command succeeds": False}, "exit status": error.returncode}
+        figures[name] = {"of": setup.described(), **measured}
+        path.write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        click.echo(f"{name}: {json.dumps(figures[name], indent=2)}")
+        judged = measured.get("checks", {}) | ({} if setup.images else measured.get("targets", {}))
+        failed += [f"{name}, {text}" for text, holds in judged.items() if not holds]
+    for text in failed:
+        click.echo(f"false: {text}", err=True)
+    sys.exit(1 if failed else 0)
+
+
+def measure_forward(setup: Setup) -> Figures:
+    """Extract images, and run the bare teacher as often over one batch that lies preprocessed on its device.
+
+    Both at the command's batch size, in each precision. Extraction counts its embedding phase: reading, decoding, keys,
+    preprocessing, the teacher, chunks written to disk; neither the start of the process nor the report card.
+    """
+    images, aim = setup.count(FORWARD_IMAGES[setup.device_type]), 0.95 if setup.device_type == "cpu" else 0.9
+    figures: Figures = {"images": images, "batch size": BATCH_SIZE, "targets": {}}
+    for name in precisions(setup):
+        bare = bare_forward(setup, name, images)
+        setup.extract(setup.count(WARM_UP_IMAGES), precision=name)
+        bare()
+        figures[name] = in_turn(rate_of_extraction(setup, images, name), bare, setup.pairs)
+        figures["targets"][f"{name}: at least {aim}"] = figures[name]["ratio"] >= aim
+    return figures
+
+
+def measure_pipeline(setup: Setup) -> Figures:
+    """Extract images, and give the same ones, as the data set decodes them, to transformers' pipeline.
+
+    At equal precision and batch size, and at the defaults of both (the pipeline's: float32, one image at a time). The
+    pipeline returns tensors, not its default of nested lists, which takes longer. The teacher must have a [CLS] token,
+    which is compared on a few images.
+    """
+    images = setup.count(PIPELINE_IMAGES[setup.device_type])
+    figures: Figures = {"images": images, "batch size": BATCH_SIZE, "checks": {}, "targets": {}}
+    cases: list[tuple[str, Precision, Figures, float]] = [
+        (f"both in {name}", name, {"dtype": getattr(torch, name), "batch_size": BATCH_SIZE}, 1.0)
+        for name in precisions(setup)
+    ]
+    for case, precision, options, aim in [*cases, ("defaults of both", "auto", {}, 2.2)]:
+        model = {"model": str(setup.teacher), "device": setup.device}
+        extractor = transformers.pipeline("image-feature-extraction", **model, **options)
+        cosine = least_cosine(setup, extractor, precision)
+        reference = rate_of_pipeline(setup, extractor, images)
+        figures[case] = in_turn(rate_of_extraction(setup, images, precision), reference, setup.pairs)
+        figures[case]["least cosine"] = round(cosine, 6)
+        figures["checks"][f"{case}: cosine above 0.999"] = cosine > 0.999
+        figures["targets"][f"{case}: at least {aim}"] = figures[case]["ratio"] >= aim
+    return figures
+
+
+def measure_kill(setup: Setup) -> Figures:
+    """Kill processes at random moments, once or twice each, then let them finish; compare with one left alone.
+
+    In turn by SIGKILL and SIGTERM. Half of the first moments lie anywhere in the length of the run that was left alone;
+    the other half in its embedding phase, since of a short run much is imports. The same command goes on; where the
+    artifact was there already and only its report card was missing, with --overwrite. All files in the folder count.
+    """
+    images = setup.count(KILLED_IMAGES)
+    options = ["--per-class", "all", "--samples", "--limit", str(images)]
+    out = fresh_folder(setup.work / "kill") / "a.safetensors"
+    start = time.monotonic()
+    told = run(setup.command(out, *options))
+    alone = Alone(contents(out.parent), time.monotonic() - start, images / told["images_per_second"])
+    outcomes: list[Outcome] = []
+    num_missed, chance = 0, random.Random(0)
+    while len(outcomes) < setup.kills and num_missed <= setup.kills:
+        turn = len(outcomes)
+        killer = Killer((signal.SIGKILL, signal.SIGTERM)[turn % 2], alone, chance)
+        fresh_folder(out.parent)
+        outcome = killer.kill(setup.command(out, *options), out, in_embedding=turn // 2 % 2 == 0)
+        if outcome.killed_in:
+            outcomes.append(outcome)
+            click.echo(f"{turn + 1} of {setup.kills}: {outcome}", err=True)
+        num_missed += not outcome.killed_in
+    return {
+        "images": images,
+        "seconds left alone": round(alone.seconds, 1),
+        "finished before the signal": num_missed,
+        **{number.name: sum_of_kills(outcomes, number) for number in (signal.SIGKILL, signal.SIGTERM)},
+        "checks": {
+            "enough were killed": len(outcomes) == setup.kills,
+            "all files equal, and no other": not any(outcome.differing for outcome in outcomes),
+            "no damaged artifact in between": not any(outcome.num_damaged for outcome in outcomes),
+            "no other exit": not any(outcome.odd_exits for outcome in outcomes),
+        },
+    }
+
+
+def sum_of_kills(outcomes: list[Outcome], number: signal.Signals) -> Figures:
+    """Count what became of the processes that a signal killed."""
+    chosen = [outcome for outcome in outcomes if outcome.number == number]
+    return {
+        "processes": len(chosen),
+        "killed in": dict(Counter(phase for outcome in chosen for phase in outcome.killed_in)),
+        "artifacts equal": sum("a.safetensors" not in outcome.differing for outcome in chosen),
+        "folders equal": sum(not outcome.differing for outcome in chosen),
+        "files that differ": sorted({name for outcome in chosen for name in outcome.differing}),
+        "images not embedded again": [outcome.num_resumed for outcome in chosen if outcome.num_resumed is not None],
+    }
+
+
+def measure_processes(setup: Setup) -> Figures:
+    """Run one command alone, and shared by two processes under torchrun, one thread each; compare the bytes."""
+    images, environment = setup.count(SHARED_IMAGES), os.environ | {"OMP_NUM_THREADS": "1"}
+    options = ["--per-class", "all", "--samples", "--limit", str(images)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    seconds, made = [], []
+    for number in (1, 2):
+        folder = fresh_folder(setup.work / f"processes-{number}")
+        start = time.monotonic()
+        command = setup.command(folder / "a.safetensors", *options)
+        run(command if number == 1 else [*launcher, str(number), *command], environment)
+        seconds.append(time.monotonic() - start)
+        made.append(contents(folder))
+    checks = {name: content == made[1].get(name) for name, content in made[0].items()}
+    return {
+        "images": images,
+        "seconds of one, of two": [round(each, 1) for each in seconds],
+        "checks": {"no other file": set(made[0]) == set(made[1]), **{f"same {name}": checks[name] for name in checks}},
+    }
+
+
+def measure_memory(setup: Setup) -> Figures:
+    """Watch processes that store the samples of few images, and of five times as many; report card included.
+
+    Anonymous memory is what a process cannot give back. Mapped file pages, libraries and chunks, are the kernel's to
+    drop, and stated apart. The teacher is tiny and random: what is measured is all that is not the teacher.
+    """
+    many = setup.count(MANY_IMAGES)
+    few = setup.count(many * FEW_IMAGES // MANY_IMAGES)
+    teacher = made_inputs.tiny_teacher(setup.work)
+    idle = subprocess.run([sys.executable, "-c", IDLE], stdout=subprocess.PIPE, text=True, check=True).stdout
+    figures: Figures = {"teacher": teacher.name, "idle with torch, anonymous MB": round(int(idle) / 1e3, 1)}
+    peaks = []
+    for images in (few, many):
+        out = fresh_folder(setup.work / "memory") / "a.safetensors"
+        peak = watch(setup.command(out, "--samples", "--limit", str(images), teacher=teacher))
+        figures[f"{images} images"] = {f"{name} MB": round(value / 1e3, 1) for name, value in peak.items()}
+        figures[f"{images} images"]["artifact MB"] = round(out.stat().st_size / 1e6, 1)
+        peaks.append(peak["anonymous"])
+    above_idle = (peaks[1] - int(idle)) / (peaks[0] - int(idle))
+    figures |= {"ratio": round(peaks[1] / peaks[0], 3), "ratio above idle": round(above_idle, 3)}
+    return figures | {"targets": {"ratio at most 1.05": peaks[1] <= 1.05 * peaks[0]}}
+
+
+def measure_report(setup: Setup) -> Figures:
+    """Let the report card measure the teacher on the test split, and compare with what is known of it."""
+    out = fresh_folder(setup.work / "report") / "a.safetensors"
+    limit = ["--limit", str(setup.images)] if setup.images else []
+    card = run(setup.command(out, "--per-class", "50", "--report-split", "test", *limit))["report_card"]
+    figures: Figures = {name: card[name] for name in ("num_images", "held_out_from", "num_held_out")}
+    figures["checks"] = {"measured on the test split": card["held_out_from"] == "evaluation"}
+    figures["targets"] = {"10000 images": card["num_held_out"] == 10_000}
+    for name, known in KNOWN_PERCENT.items():
+        percent = 100 * card[name]["share"]
+        figures[name] = {"percent": round(percent, 2), "known percent": known}
+        figures["targets"][f"{name} within two points"] = abs(percent - known) <= 2
+    return figures
+
+
+def measure_rates(setup: Setup) -> Figures:
+    """Extract with samples at several batch sizes in turn: images/s, medians over rounds, and bytes an image."""
+    images = setup.count(RATED_IMAGES[setup.device_type])
+    bare_bytes = setup.extract(images).artifact_bytes  # and a warm-up
+    rates: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
+    for turn in range(ROUNDS):
+        for size in BATCH_SIZES[turn:] + BATCH_SIZES[:turn]:
+            result = setup.extract(images, samples=True, batch_size=size)
+            rates[size].append(result.images_per_second)
+    return {
+        "images": images,
+        "precision": result.manifest.teacher.precision,
+        "images/s": {size: round(statistics.median(each), 1) for size, each in rates.items()},
+        "least and most images/s": {size: [round(min(each), 1), round(max(each), 1)] for size, each in rates.items()},
+        "bytes without samples": bare_bytes,
+        "bytes an image with samples": round((result.artifact_bytes - bare_bytes) / images, 1),
+    }
+
+
+MEASURES: dict[str, Callable[[Setup], Figures]] = {
+    "forward": measure_forward,
+    "pipeline": measure_pipeline,
+    "kill": measure_kill,
+    "processes": measure_processes,
+    "memory": measure_memory,
+    "report": measure_report,
+    "rates": measure_rates,
+}
+
+
+def usual_measures(setup: Setup) -> list[str]:
+    """Name the measures that make sense: promises hold on any device, accuracies are known of one teacher."""
+    if setup.device_type == "cuda":
+        return ["forward", "pipeline", "rates"]
+    return [name for name in MEASURES if name != "report" or setup.is_known]
+
+
+def precisions(setup: Setup) -> list[Precision]:
+    """Name the precision that is chosen by itself, and float32 where that is another."""
+    chosen = resolve_precision("auto", resolve_device(setup.device))
+    return ["bfloat16", "float32"] if chosen == torch.bfloat16 else ["float32"]
+
+
+def rate_of_extraction(setup: Setup, images: int, precision: Precision) -> Callable[[], float]:
+    """Return a function that extracts and returns images/s, in the embedding phase."""
+    return lambda: setup.extract(images, precision=precision).images_per_second
+
+
+def bare_forward(setup: Setup, precision: Precision, images: int) -> Callable[[], float]:
+    """Return a function that runs the teacher over one batch until it has seen so many images; returns images/s."""
+    device = resolve_device(setup.device)
+    teacher = load_teacher(str(setup.teacher), None, "auto", device, resolve_precision(precision, device))
+    read = setup.data.read(range(min(BATCH_SIZE, len(setup.data))))
+    pixels = teacher.preprocess([image for image in read if isinstance(image, Image.Image)])
+    pixels = pixels.to(device, teacher.model.dtype)
+    repeats = math.ceil(images / len(pixels))
+
+    def run_bare() -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            embeddings = teacher.embed(pixels)
+        embeddings.cpu()  # waits until all is done
+        return repeats * len(pixels) / (time.perf_counter() - start)
+
+    return run_bare
+
+
+def rate_of_pipeline(setup: Setup, extractor: Any, images: int) -> Callable[[], float]:
+    """Return a function that gives images to transformers' pipeline, takes [CLS] of each, and returns images/s."""
+    rows = decoded_rows(setup, images)
+
+    def run_pipeline() -> float:
+        start = time.perf_counter()
+        embeddings = [tokens[0, 0] for tokens in extractor(rows, return_tensors=True)]
+        return len(embeddings) / (time.perf_counter() - start)
+
+    return run_pipeline
+
+
+def decoded_rows(setup: Setup, images: int) -> KeyDataset:
+    """Return the images that an extraction of so many embeds, as the data set itself decodes them."""
+    data = load_labelled(setup.limited(images))
+    return KeyDataset(data.rows.cast_column(data.image_column, datasets.Image()), data.image_column)
+
+
+def least_cosine(setup: Setup, extractor: Any, precision: Precision) -> float:
+    """Compare a few embeddings of an artifact with the pipeline's [CLS]; both sides are warm afterwards."""
+    images = setup.count(WARM_UP_IMAGES)
+    result = setup.extract(images, precision=precision, samples=True, dtype="float32")
+    rows = decoded_rows(setup, images)
+    with store.open_artifact(result.path) as artifact:
+        keys, embeddings = artifact["sample/key"][...], artifact["sample/embedding"][:, 0].astype(np.float64)
+    row_of = {key.tobytes(): row for row, key in enumerate(keys)}
+    cosines = []
+    for index, tokens in enumerate(extractor(rows, return_tensors=True)):
+        if index == COMPARED_IMAGES:
+            break
+        ours, theirs = embeddings[row_of[sample_key(to_rgb(rows[index]))]], tokens[0, 0].double().numpy()
+        cosines.append(float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)))
+    return min(cosines)
+
+
+def in_turn(ours: Callable[[], float], reference: Callable[[], float], pairs: int) -> Figures:
+    """Run both sides in turn, each first as often; the ratios are of images/s, pair by pair."""
+    rates: dict[Callable[[], float], list[float]] = {ours: [], reference: []}
+    for turn in range(pairs):
+        for side in (ours, reference) if turn % 2 else (reference, ours):
+            rates[side].append(side())
+    ratios = [one / other for one, other in zip(rates[ours], rates[reference], strict=True)]
+    return {
+        "images/s": round(statistics.median(rates[ours]), 1),
+        "reference images/s": round(statistics.median(rates[reference]), 1),
+        "ratio": round(statistics.median(ratios), 3),
+        "least and most": [round(min(ratios), 3), round(max(ratios), 3)],
+        "pairs": pairs,
+    }
+
+
+if __name__ == "__main__":
+    main()
