@@ -37,7 +37,7 @@ from benchmarks import made_inputs
 from benchmarks.extract_processes import Alone, Killer, Outcome, contents, run, watch
 from benchmarks.extract_setup import MADE_IMAGES, Setup, choose_setup, fresh_folder, machine
 from pipeline.data import load_labelled, sample_key, to_rgb
-from pipeline.extract import ExtractSettings
+from pipeline.extract.preparation import BATCH_SIZES as DEFAULT_BATCH_SIZES
 from pipeline.extract.teacher import load_teacher
 from pipeline.runtime import Precision, resolve_device, resolve_precision
 
@@ -48,7 +48,6 @@ WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16
 KILLED_IMAGES, SHARED_IMAGES = 3072, 4096  # three and four chunks
 FEW_IMAGES, MANY_IMAGES = 10_000, 50_000
 BATCH_SIZES, ROUNDS = (8, 16, 32, 64, 128), 3
-BATCH_SIZE = ExtractSettings.model_fields["batch_size"].default
 KNOWN_PERCENT = {"nearest_mean": 67.0, "ridge": 68.5}  # ViT-Ti/16 on the test split of CIFAR-100
 IDLE = "import torch; print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
 Figures = dict[str, Any]
@@ -99,7 +98,7 @@ def measure_forward(setup: Setup) -> Figures:
     preprocessing, the teacher, chunks written to disk; neither the start of the process nor the report card.
     """
     images, aim = setup.count(FORWARD_IMAGES[setup.device_type]), 0.95 if setup.device_type == "cpu" else 0.9
-    figures: Figures = {"images": images, "batch size": BATCH_SIZE, "targets": {}}
+    figures: Figures = {"images": images, "batch size": DEFAULT_BATCH_SIZES[setup.device_type], "targets": {}}
     for name in precisions(setup):
         bare = bare_forward(setup, name, images)
         setup.extract(setup.count(WARM_UP_IMAGES), precision=name)
@@ -117,9 +116,19 @@ def measure_pipeline(setup: Setup) -> Figures:
     which is compared on a few images.
     """
     images = setup.count(PIPELINE_IMAGES[setup.device_type])
-    figures: Figures = {"images": images, "batch size": BATCH_SIZE, "checks": {}, "targets": {}}
+    figures: Figures = {
+        "images": images,
+        "batch size": DEFAULT_BATCH_SIZES[setup.device_type],
+        "checks": {},
+        "targets": {},
+    }
     cases: list[tuple[str, Precision, Figures, float]] = [
-        (f"both in {name}", name, {"dtype": getattr(torch, name), "batch_size": BATCH_SIZE}, 1.0)
+        (
+            f"both in {name}",
+            name,
+            {"dtype": getattr(torch, name), "batch_size": DEFAULT_BATCH_SIZES[setup.device_type]},
+            1.0,
+        )
         for name in precisions(setup)
     ]
     for case, precision, options, aim in [*cases, ("defaults of both", "auto", {}, 2.2)]:
@@ -138,8 +147,8 @@ def measure_kill(setup: Setup) -> Figures:
     """Kill processes at random moments, once or twice each, then let them finish; compare with one left alone.
 
     In turn by SIGKILL and SIGTERM. Half of the first moments lie anywhere in the length of the run that was left alone;
-    the other half in its embedding phase, since of a short run much is imports. The same command goes on; where the
-    artifact was there already and only its report card was missing, with --overwrite. All files in the folder count.
+    the other half in its embedding phase, since of a short run much is imports. The same command goes on. All
+    files in the folder count.
     """
     images = setup.count(KILLED_IMAGES)
     options = ["--per-class", "all", "--samples", "--limit", str(images)]
@@ -296,7 +305,7 @@ def bare_forward(setup: Setup, precision: Precision, images: int) -> Callable[[]
     """Return a function that runs the teacher over one batch until it has seen so many images; returns images/s."""
     device = resolve_device(setup.device)
     teacher = load_teacher(str(setup.teacher), None, "auto", device, resolve_precision(precision, device))
-    read = setup.data.read(range(min(BATCH_SIZE, len(setup.data))))
+    read = setup.data.read(range(min(DEFAULT_BATCH_SIZES[device.type], len(setup.data))))
     pixels = teacher.preprocess([image for image in read if isinstance(image, Image.Image)])
     pixels = pixels.to(device, teacher.model.dtype)
     repeats = math.ceil(images / len(pixels))

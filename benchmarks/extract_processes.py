@@ -94,7 +94,7 @@ class Killer:
         """
         outcome = Outcome(self.number)
         for is_first in (True, False)[: 1 + self.chance.randrange(2)]:
-            code, told = self._kill_once(_again(command, out), out, in_embedding=in_embedding and is_first)
+            code, told = self._kill_once(command, out, in_embedding=in_embedding and is_first)
             if code == 0:
                 outcome.num_resumed = json.loads(told)["num_resumed"]
                 break
@@ -106,7 +106,7 @@ class Killer:
             if outcome.killed_in[-1] == "end":
                 break
         else:
-            outcome.num_resumed = run(_again(command, out))["num_resumed"]
+            outcome.num_resumed = run(command)["num_resumed"]
         found, wanted = contents(out.parent), self.alone.left
         outcome.differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
         return outcome
@@ -134,8 +134,3 @@ def _phase(out: Path) -> str:
     if out.exists():
         return "report card" if _partial(out).exists() else "end"
     return "embedding" if _partial(out).exists() else "start"
-
-
-def _again(command: Sequence[str], out: Path) -> list[str]:
-    """Return the command; one that was killed when the artifact was there already needs leave to replace it."""
-    return [*command, "--overwrite"] if out.exists() else [*command]

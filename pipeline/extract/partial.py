@@ -23,6 +23,7 @@ from pipeline.errors import PipelineError
 
 PARTIAL_VERSION = 1
 _SETTINGS = "settings.json"
+_ASSEMBLED = "assembled"
 _FINISHED = re.compile(r"(\d{8})-([0-9a-f]{64})\.npy")
 _BEGUN = re.compile(r"(\d{8})-(\d+)-([0-9a-f]{64})\.begun\.npy")
 _MAX_SETTINGS_BYTES = 1024 * 1024
@@ -178,6 +179,14 @@ class PartialFolder:
         """
         chunk = self.read(path, dtype)
         return [] if chunk is None else [chunk, *[chunk[:0]] * (num_batches - 1)]
+
+    def mark_assembled(self) -> None:
+        """Note that the artifact is about to be written: if one is there when the folder is found, it is this one."""
+        _write_whole(self.path / _ASSEMBLED, b"")
+
+    def is_assembled(self) -> bool:
+        """Tell whether an artifact that stands beside the folder was made from it."""
+        return (self.path / _ASSEMBLED).exists()
 
     def is_empty(self) -> bool:
         """Tell whether the folder is there, without anything that is worth keeping."""

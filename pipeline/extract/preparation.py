@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.extract.teacher import Teacher
 
 # Images in a forward pass. On a CPU more than this no longer fit the cache; a GPU is kept busy by this many.
-_BATCH_SIZES = {"cpu": 16, "cuda": 128, "mps": 64}
+BATCH_SIZES = {"cpu": 16, "cuda": 128, "mps": 64}
 
 
 def load_settings_teacher(settings: ExtractSettings, device: torch.device) -> "Teacher":
@@ -49,7 +49,7 @@ def load_settings_teacher(settings: ExtractSettings, device: torch.device) -> "T
 def make_embedder(settings: ExtractSettings, data: Labelled, rows: NDArray[np.int64], teacher: "Teacher") -> Embedder:
     """Prepare to embed rows of the data as settings, teacher and its device ask for."""
     device = teacher.model.device
-    batch_size = settings.batch_size or _BATCH_SIZES[device.type]
+    batch_size = settings.batch_size or BATCH_SIZES[device.type]
     rendering = Rendering(
         teacher.preprocess, settings.views, settings.view_size, settings.seed, precision=teacher.model.dtype
     )

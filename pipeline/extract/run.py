@@ -75,7 +75,9 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         SystemExit: SIGTERM came; the batch in hand was finished, and what is finished stays.
     """
     start = time.monotonic()
-    check_destination(settings.out, overwrite=settings.overwrite)
+    partial = PartialFolder(partial_path(settings.out))
+    replaceable = settings.overwrite or partial.is_assembled()  # a run that was stopped at the report card goes on
+    check_destination(settings.out, overwrite=replaceable)
     processes, device = join_processes(resolve_device(settings.device))
     data = load_labelled(settings.data)
     _check_names(settings, data)
@@ -85,16 +87,16 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     text = _embed_names(settings, data, teacher)
     _check_room(settings, len(data.class_names), len(chosen.rows), teacher.info.embed_dim)
     embedder = make_embedder(settings, data, chosen.rows, teacher)
-    share = Share(PartialFolder(partial_path(settings.out)), processes)
+    share = Share(partial, processes)
     with share.kept_if_worthwhile():
         embedded = share.embed(embedder)
         held_out = None if evaluation is None else share.embed_evaluation(evaluation_embedder(embedder, evaluation))
         if not processes.is_main:
             raise ShareDone
-        chunks = Chunks(embedder.load(share.partial), len(data.class_names))
+        chunks = Chunks(embedder.load(partial), len(data.class_names))
         if len(chunks) < len(chosen.rows) and not settings.skip_bad:
             raise PipelineError(
-                f"{share.partial.path}: an earlier run left out {len(chosen.rows) - len(chunks)} images that could not "
+                f"{partial.path}: an earlier run left out {len(chosen.rows) - len(chunks)} images that could not "
                 "be decoded. Pass --skip-bad again, or --overwrite to start anew."
             )
         check_no_empty_class(chunks.count, data.class_names)
@@ -103,10 +105,11 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         if text:
             manifest = manifest.model_copy(update={"text": text.info})
             assembled.tensors["class/text"] = text.embeddings
-        manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=settings.overwrite)
+        partial.mark_assembled()
+        manifest = write_artifact(settings.out, manifest, assembled.tensors, overwrite=replaceable)
         per_class = settings.images_per_class()
         card = write_report_card(settings.out, Graded(chunks, data, per_class, teacher.info.name, held_out))
-    share.partial.remove()
+    partial.remove()
     return ExtractResult(
         path=settings.out,
         report_card=card,
@@ -158,7 +161,7 @@ def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embe
         needed += num_classes * embed_dim * 4
     if settings.samples:
         needed += num_rows * (settings.views * embed_dim * np.dtype(settings.dtype).itemsize + 20)
-    check_output(settings.out, needed, replaceable=settings.overwrite)
+    check_output(settings.out, needed, replaceable=True)  # whether it exists was checked
 
 
 def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad: int) -> Manifest:

@@ -131,6 +131,27 @@ def test_sigterm_finishes_the_batch_in_hand(
     assert settings().out.read_bytes() == settings("whole.safetensors").out.read_bytes()
 
 
+def test_a_run_that_was_stopped_at_its_report_card_goes_on(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("pipeline.extract.run.write_report_card", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(settings())
+    content = settings().out.read_bytes()
+    with pytest.raises(PipelineError, match="with other settings"):
+        extract(settings(batch_size=2))
+    assert settings().out.read_bytes() == content
+    assert extract(settings()).num_resumed == 30
+    assert settings().out.read_bytes() == content
+    assert not partial_path(settings().out).exists()
+    with pytest.raises(store.StoreError, match="exists"):
+        extract(settings())
+
+
 def test_an_image_that_is_another_one_now_is_noticed(
     settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
