@@ -1,7 +1,7 @@
 """Batches of the chosen images, read, keyed and preprocessed for the teacher."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -87,12 +87,12 @@ def read_batches(
         yield from DataLoader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
-        read: Future[_Decoded] | None = None
-        for index in range(len(cuts) + 1):
-            following = thread.submit(reader.decode, index) if index < len(cuts) else None
-            if read is not None:
-                yield reader.preprocess(read.result())
-            read = following
+        read = thread.submit(reader.decode, 0)
+        for index in range(len(cuts)):
+            batch = reader.preprocess(read.result())
+            if index + 1 < len(cuts):  # beside the teacher's work on this one
+                read = thread.submit(reader.decode, index + 1)
+            yield batch
 
 
 class _Reader(Dataset[Batch]):

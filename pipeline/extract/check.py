@@ -18,7 +18,7 @@ from pipeline.extract.comparison import tolerance
 from pipeline.extract.config import CheckSettings, ExtractSettings
 from pipeline.extract.preparation import load_settings_teacher
 from pipeline.extract.search import join_classes
-from pipeline.runtime import Precision, peak_memory, resolve_device
+from pipeline.runtime import Precision, keep_freed_memory, peak_memory, resolve_device
 from pipeline.views import VIEWS_VERSION
 from store import Artifact, Manifest, open_artifact
 
@@ -42,6 +42,7 @@ def check_artifact(settings: CheckSettings) -> CheckResult:
         StoreError: the artifact is missing or damaged.
     """
     start = time.monotonic()
+    keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise PipelineError("--check works in one process: start it without torchrun.")
     with open_artifact(settings.artifact) as artifact:

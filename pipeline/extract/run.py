@@ -23,7 +23,7 @@ from pipeline.extract.sampling import check_no_empty_class, rows_within, sample_
 from pipeline.extract.share import SOFTWARE, Share, data_set_info
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
-from pipeline.runtime import PeakMemory, peak_memory, resolve_device, software_versions
+from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory, resolve_device, software_versions
 from pipeline.views import VIEWS_VERSION
 from store import Manifest, SamplingInfo, check_destination, write_artifact
 
@@ -75,6 +75,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
         SystemExit: SIGTERM came; the batch in hand was finished, and what is finished stays.
     """
     start = time.monotonic()
+    keep_freed_memory()
     partial = PartialFolder(partial_path(settings.out))
     replaceable = settings.overwrite or partial.is_assembled()  # a run that was stopped at the report card goes on
     check_destination(settings.out, overwrite=replaceable)

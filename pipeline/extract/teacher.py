@@ -41,7 +41,9 @@ class Preprocess:
         Returns:
             float32, on the CPU.
         """
-        pixels: Tensor = self.processor(list(images), return_tensors="pt")["pixel_values"]
+        # On a CPU the library would resize one image after the other, to the same pixels.
+        grouped = {"disable_grouping": False} if getattr(self.processor, "backend", "") == "torchvision" else {}
+        pixels: Tensor = self.processor(list(images), return_tensors="pt", **grouped)["pixel_values"]
         return pixels
 
     def describe(self) -> dict[str, Any]:
