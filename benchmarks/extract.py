@@ -33,9 +33,9 @@ from transformers.pipelines.pt_utils import KeyDataset
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import store
-from benchmarks import made_inputs
+from benchmarks import extract_assembly, made_inputs
 from benchmarks.extract_processes import Alone, Killer, Outcome, contents, run, watch
-from benchmarks.extract_setup import MADE_IMAGES, Setup, choose_setup, fresh_folder, machine
+from benchmarks.extract_setup import MADE_IMAGES, ROOT, Setup, choose_setup, fresh_folder, machine
 from pipeline.data import load_labelled, sample_key, to_rgb
 from pipeline.extract.preparation import BATCH_SIZES as DEFAULT_BATCH_SIZES
 from pipeline.extract.teacher import load_teacher
@@ -47,6 +47,7 @@ RATED_IMAGES = {"cpu": 1024, "cuda": 8192}
 WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16
 KILLED_IMAGES, SHARED_IMAGES = 3072, 4096  # three and four chunks
 FEW_IMAGES, MANY_IMAGES = 10_000, 50_000
+ASSEMBLED_IMAGES = (250_000, 1_000_000)
 BATCH_SIZES, ROUNDS = (8, 16, 32, 64, 128), 3
 KNOWN_PERCENT = {"nearest_mean": 67.0, "ridge": 68.5}  # ViT-Ti/16 on the test split of CIFAR-100
 IDLE = "import torch; print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
@@ -229,7 +230,7 @@ def measure_memory(setup: Setup) -> Figures:
     peaks = []
     for images in (few, many):
         out = fresh_folder(setup.work / "memory") / "a.safetensors"
-        peak = watch(setup.command(out, "--samples", "--limit", str(images), teacher=teacher))
+        peak, _ = watch(setup.command(out, "--samples", "--limit", str(images), teacher=teacher))
         figures[f"{images} images"] = {f"{name} MB": round(value / 1e3, 1) for name, value in peak.items()}
         figures[f"{images} images"]["artifact MB"] = round(out.stat().st_size / 1e6, 1)
         peaks.append(peak["anonymous"])
@@ -272,6 +273,25 @@ def measure_rates(setup: Setup) -> Figures:
     }
 
 
+def measure_assembly(setup: Setup) -> Figures:
+    """Make artifacts of chunks of numbers, 768 values an image: seconds, and memory for each image more.
+
+    What follows when the last image is embedded, but for the report card, which looks at 50,000 images at most.
+    """
+    counts = [min(number, setup.images or number) for number in ASSEMBLED_IMAGES]
+    figures: Figures = {"embedding values": extract_assembly.EMBED_DIM, "classes": extract_assembly.NUM_CLASSES}
+    peaks = []
+    for images in counts:
+        folder = fresh_folder(setup.work / "assembly")
+        extract_assembly.make_chunks(folder, images)
+        peak, told = watch([str(ROOT / "benchmarks" / "extract_assembly.py"), str(folder)])
+        seconds = {f"{name}, seconds": round(value, 1) for name, value in told.items()}
+        figures[f"{images} images"] = {**{f"{name} MB": round(kb / 1e3, 1) for name, kb in peak.items()}, **seconds}
+        peaks.append(peak["anonymous"])
+    fresh_folder(setup.work / "assembly")
+    return figures | {"bytes for each image more": round(1024 * (peaks[1] - peaks[0]) / max(1, counts[1] - counts[0]))}
+
+
 MEASURES: dict[str, Callable[[Setup], Figures]] = {
     "forward": measure_forward,
     "pipeline": measure_pipeline,
@@ -280,6 +300,7 @@ MEASURES: dict[str, Callable[[Setup], Figures]] = {
     "memory": measure_memory,
     "report": measure_report,
     "rates": measure_rates,
+    "assembly": measure_assembly,
 }
 
 

@@ -30,22 +30,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in folder.iterdir()}
 
 
-def watch(command: Sequence[str]) -> dict[str, int]:
-    """Run a command and return, in kB, the most memory of each kind that it held at one time (Linux).
+def watch(command: Sequence[str]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Run a command; return, in kB, the most memory of each kind that it held at one time (Linux), and its JSON.
 
     Anonymous memory and file pages are looked at every hundredth of a second; what was resident is the kernel's record.
     """
     peaks = dict.fromkeys(_KINDS.values(), 0)
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        for name, value in re.findall(r"^(\w+):\s+(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE):
-            if name in _KINDS:
-                peaks[_KINDS[name]] = max(peaks[_KINDS[name]], int(value))
-        time.sleep(_POLL_SECONDS)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return peaks
+    with TemporaryFile() as told:
+        process = subprocess.Popen([sys.executable, *command], stdout=told)
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            for name, value in re.findall(r"^(\w+):\s+(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE):
+                if name in _KINDS:
+                    peaks[_KINDS[name]] = max(peaks[_KINDS[name]], int(value))
+            time.sleep(_POLL_SECONDS)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        told.seek(0)
+        document: dict[str, Any] = json.loads(told.read())
+        return peaks, document
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class _Result:
         self._embeddings = [view.to("cpu", non_blocking=view.is_cuda) for view in views]
         if views and views[0].is_cuda:
             self._computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._computed.record()
+            self._computed.record(torch.cuda.current_stream(views[0].device))
 
     def wait(self) -> NDArray[np.float32]:
         """Return [B, V, D]."""
