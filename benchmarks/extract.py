@@ -9,7 +9,6 @@ A check or a target that is false makes it exit 1, once everything is written; a
 """
 
 import json
-import math
 import os
 import random
 import signal
@@ -23,29 +22,29 @@ from pathlib import Path
 from typing import Any
 
 import click
-import datasets
-import numpy as np
 import torch
 import transformers
-from PIL import Image
-from transformers.pipelines.pt_utils import KeyDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import store
 from benchmarks import extract_assembly, made_inputs
 from benchmarks.extract_processes import Alone, Killer, Outcome, contents, run, watch
-from benchmarks.extract_setup import MADE_IMAGES, ROOT, Setup, choose_setup, fresh_folder, machine
-from pipeline.data import load_labelled, sample_key, to_rgb
+from benchmarks.extract_setup import ROOT, Setup, choose_setup, fresh_folder, machine
+from benchmarks.extract_speed import (
+    bare_forward,
+    in_turn,
+    least_cosine,
+    make_bench_embedder,
+    rate_of_extraction,
+    rate_of_pipeline,
+)
 from pipeline.extract.preparation import BATCH_SIZES as DEFAULT_BATCH_SIZES
-from pipeline.extract.teacher import load_teacher
-from pipeline.runtime import Precision, resolve_device, resolve_precision
+from pipeline.runtime import Precision, keep_freed_memory, resolve_device, resolve_precision
 
-FORWARD_IMAGES = {"cpu": 2048, "cuda": MADE_IMAGES}
-PIPELINE_IMAGES = {"cpu": 1024, "cuda": 2048}
+FORWARD_IMAGES = {"cpu": 256, "cuda": 8192}  # few on a CPU: pairs follow each other before the machine changes
+PIPELINE_IMAGES = {"cpu": 256, "cuda": 2048}
 RATED_IMAGES = {"cpu": 1024, "cuda": 8192}
-WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16
-KILLED_IMAGES, SHARED_IMAGES = 3072, 4096  # three and four chunks
+KILLED_IMAGES, SHARED_IMAGES = 1536, 2560  # two and three chunks
 FEW_IMAGES, MANY_IMAGES = 10_000, 50_000
 ASSEMBLED_IMAGES = (250_000, 1_000_000)
 BATCH_SIZES, ROUNDS = (8, 16, 32, 64, 128), 3
@@ -65,7 +64,7 @@ Figures = dict[str, Any]
 @click.option("--dataset", type=click.Path(path_type=Path), help="another data set's folder")
 @click.option("--label-column", default="fine_label", show_default=True, help="of --dataset")
 @click.option("--images", type=click.IntRange(min=1), help="a trial: at most so many images each")
-@click.option("--pairs", default=5, show_default=True, help="how often two speeds are compared")
+@click.option("--pairs", default=15, show_default=True, help="how often two speeds are compared")
 @click.option("--kills", default=20, show_default=True, help="processes to kill")
 def main(only: tuple[str, ...], **options: Any) -> None:
     """Print every figure and write them to WORK/extract.json."""
@@ -99,12 +98,12 @@ def measure_forward(setup: Setup) -> Figures:
     preprocessing, the teacher, chunks written to disk; neither the start of the process nor the report card.
     """
     images, aim = setup.count(FORWARD_IMAGES[setup.device_type]), 0.95 if setup.device_type == "cpu" else 0.9
-    figures: Figures = {"images": images, "batch size": DEFAULT_BATCH_SIZES[setup.device_type], "targets": {}}
+    figures: Figures = {"images": images, "targets": {}}
+    keep_freed_memory()  # as the command does; the bare teacher gains as much
     for name in precisions(setup):
-        bare = bare_forward(setup, name, images)
-        setup.extract(setup.count(WARM_UP_IMAGES), precision=name)
-        bare()
-        figures[name] = in_turn(rate_of_extraction(setup, images, name), bare, setup.pairs)
+        embedder = make_bench_embedder(setup, name, images)
+        figures["batch size"] = embedder.batch_size
+        figures[name] = in_turn(rate_of_extraction(setup, embedder), bare_forward(embedder), setup.pairs)
         figures["targets"][f"{name}: at least {aim}"] = figures[name]["ratio"] >= aim
     return figures
 
@@ -112,9 +111,9 @@ def measure_forward(setup: Setup) -> Figures:
 def measure_pipeline(setup: Setup) -> Figures:
     """Extract images, and give the same ones, as the data set decodes them, to transformers' pipeline.
 
-    At equal precision and batch size, and at the defaults of both (the pipeline's: float32, one image at a time). The
-    pipeline returns tensors, not its default of nested lists, which takes longer. The teacher must have a [CLS] token,
-    which is compared on a few images.
+    At equal precision and batch size, where the pipeline returns tensors; and at the defaults of both (the pipeline's:
+    float32, one image at a time, nested lists). The pipeline gains, too, from the memory that extraction lets the
+    process keep. The teacher must have a [CLS] token, which is compared on a few images.
     """
     images = setup.count(PIPELINE_IMAGES[setup.device_type])
     figures: Figures = {
@@ -136,8 +135,9 @@ def measure_pipeline(setup: Setup) -> Figures:
         model = {"model": str(setup.teacher), "device": setup.device}
         extractor = transformers.pipeline("image-feature-extraction", **model, **options)
         cosine = least_cosine(setup, extractor, precision)
-        reference = rate_of_pipeline(setup, extractor, images)
-        figures[case] = in_turn(rate_of_extraction(setup, images, precision), reference, setup.pairs)
+        reference = rate_of_pipeline(setup, extractor, images, as_tensors=bool(options))
+        ours = rate_of_extraction(setup, make_bench_embedder(setup, precision, images))
+        figures[case] = in_turn(ours, reference, max(3, setup.pairs // 2))
         figures[case]["least cosine"] = round(cosine, 6)
         figures["checks"][f"{case}: cosine above 0.999"] = cosine > 0.999
         figures["targets"][f"{case}: at least {aim}"] = figures[case]["ratio"] >= aim
@@ -315,81 +315,6 @@ def precisions(setup: Setup) -> list[Precision]:
     """Name the precision that is chosen by itself, and float32 where that is another."""
     chosen = resolve_precision("auto", resolve_device(setup.device))
     return ["bfloat16", "float32"] if chosen == torch.bfloat16 else ["float32"]
-
-
-def rate_of_extraction(setup: Setup, images: int, precision: Precision) -> Callable[[], float]:
-    """Return a function that extracts and returns images/s, in the embedding phase."""
-    return lambda: setup.extract(images, precision=precision).images_per_second
-
-
-def bare_forward(setup: Setup, precision: Precision, images: int) -> Callable[[], float]:
-    """Return a function that runs the teacher over one batch until it has seen so many images; returns images/s."""
-    device = resolve_device(setup.device)
-    teacher = load_teacher(str(setup.teacher), None, "auto", device, resolve_precision(precision, device))
-    read = setup.data.read(range(min(DEFAULT_BATCH_SIZES[device.type], len(setup.data))))
-    pixels = teacher.preprocess([image for image in read if isinstance(image, Image.Image)])
-    pixels = pixels.to(device, teacher.model.dtype)
-    repeats = math.ceil(images / len(pixels))
-
-    def run_bare() -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            embeddings = teacher.embed(pixels)
-        embeddings.cpu()  # waits until all is done
-        return repeats * len(pixels) / (time.perf_counter() - start)
-
-    return run_bare
-
-
-def rate_of_pipeline(setup: Setup, extractor: Any, images: int) -> Callable[[], float]:
-    """Return a function that gives images to transformers' pipeline, takes [CLS] of each, and returns images/s."""
-    rows = decoded_rows(setup, images)
-
-    def run_pipeline() -> float:
-        start = time.perf_counter()
-        embeddings = [tokens[0, 0] for tokens in extractor(rows, return_tensors=True)]
-        return len(embeddings) / (time.perf_counter() - start)
-
-    return run_pipeline
-
-
-def decoded_rows(setup: Setup, images: int) -> KeyDataset:
-    """Return the images that an extraction of so many embeds, as the data set itself decodes them."""
-    data = load_labelled(setup.limited(images))
-    return KeyDataset(data.rows.cast_column(data.image_column, datasets.Image()), data.image_column)
-
-
-def least_cosine(setup: Setup, extractor: Any, precision: Precision) -> float:
-    """Compare a few embeddings of an artifact with the pipeline's [CLS]; both sides are warm afterwards."""
-    images = setup.count(WARM_UP_IMAGES)
-    result = setup.extract(images, precision=precision, samples=True, dtype="float32")
-    rows = decoded_rows(setup, images)
-    with store.open_artifact(result.path) as artifact:
-        keys, embeddings = artifact["sample/key"][...], artifact["sample/embedding"][:, 0].astype(np.float64)
-    row_of = {key.tobytes(): row for row, key in enumerate(keys)}
-    cosines = []
-    for index, tokens in enumerate(extractor(rows, return_tensors=True)):
-        if index == COMPARED_IMAGES:
-            break
-        ours, theirs = embeddings[row_of[sample_key(to_rgb(rows[index]))]], tokens[0, 0].double().numpy()
-        cosines.append(float(ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)))
-    return min(cosines)
-
-
-def in_turn(ours: Callable[[], float], reference: Callable[[], float], pairs: int) -> Figures:
-    """Run both sides in turn, each first as often; the ratios are of images/s, pair by pair."""
-    rates: dict[Callable[[], float], list[float]] = {ours: [], reference: []}
-    for turn in range(pairs):
-        for side in (ours, reference) if turn % 2 else (reference, ours):
-            rates[side].append(side())
-    ratios = [one / other for one, other in zip(rates[ours], rates[reference], strict=True)]
-    return {
-        "images/s": round(statistics.median(rates[ours]), 1),
-        "reference images/s": round(statistics.median(rates[reference]), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "least and most": [round(min(ratios), 3), round(max(ratios), 3)],
-        "pairs": pairs,
-    }
 
 
 if __name__ == "__main__":

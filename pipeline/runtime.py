@@ -85,8 +85,9 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(parameter, 2**31 - 1)
+        # Older ones keep blocks of at most 32 MiB; refused, they must keep their own rules.
+        if mallopt(_M_MMAP_THRESHOLD, 2**31 - 1) or mallopt(_M_MMAP_THRESHOLD, 2**25):
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def peak_memory(device: torch.device) -> PeakMemory:

@@ -69,7 +69,7 @@ class Chunks:
         """
         chosen = self._unique[:limit]
         rows = np.concatenate([chunk["row"] for chunk in self._chunks])
-        return Embedded(self._gather(chosen)[:, 0], self.labels[chosen], self.keys[chosen], rows[chosen])
+        return Embedded(self._gather(chosen, 1)[:, 0], self.labels[chosen], self.keys[chosen], rows[chosen])
 
     def assemble(self, sample_dtype: str | None) -> Assembled:
         """Make the tensors.
@@ -108,12 +108,13 @@ class Chunks:
         for start in range(0, len(self._unique), _BLOCK_ROWS):
             yield self._gather(self._unique[start : start + _BLOCK_ROWS])
 
-    def _gather(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _gather(self, images: NDArray[np.int64], num_views: int | None = None) -> NDArray[np.float32]:
         part = np.searchsorted(self._starts, images, side="right") - 1
-        embeddings = np.empty((len(images), *self._chunks[0].dtype["embedding"].shape), np.float32)
+        views, embed_dim = self._chunks[0].dtype["embedding"].shape
+        embeddings = np.empty((len(images), num_views or views, embed_dim), np.float32)
         for index in np.unique(part).tolist():
             here = part == index
-            embeddings[here] = self._chunks[index]["embedding"][images[here] - self._starts[index]]
+            embeddings[here] = self._chunks[index]["embedding"][images[here] - self._starts[index], :num_views]
         return embeddings
 
 

@@ -53,13 +53,13 @@ class ChunkWriter:
         parts = list(begun)
         try:
             yield parts
+            self._wait()
         except BaseException:
             with suppress(PipelineError):  # the failure itself is what is told
                 self._wait()
                 if len(parts) > len(begun):
                     self._partial.save(index, np.concatenate(parts), begun=len(parts))
             raise
-        self._wait()
         self._saved = self._thread.submit(self._partial.save, index, np.concatenate(parts))
 
     def _wait(self) -> None:

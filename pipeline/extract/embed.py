@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data import BadImageError, Labelled, sample_key
 from pipeline.errors import PipelineError
 from pipeline.extract.batches import Batch, Rendering, read_batches
+from pipeline.extract.chunk_files import ChunkFiles
 from pipeline.extract.chunk_writer import ChunkWriter
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
@@ -83,18 +84,16 @@ class Embedder:
         """Type of one record of a chunk."""
         return chunk_dtype(self.rendering.views, self.teacher.info.embed_dim)
 
-    def load(self, partial: PartialFolder) -> list[Chunk]:
-        """Map all chunks, in order; one that was damaged meanwhile is embedded again."""
-        chunks = []
-        finished = partial.finished()
+    def load(self, partial: PartialFolder) -> ChunkFiles:
+        """Check all chunks and return them in order; one that was damaged meanwhile is embedded again."""
+        finished, paths = partial.finished(), []
         for index in range(len(self.plan.chunks)):
-            chunk = partial.read(finished[index], self.dtype) if index in finished else None
-            while chunk is None:
-                LOGGER.info("Chunk %d is damaged and is embedded again.", index)
+            while index not in finished or partial.read(finished[index], self.dtype) is None:
+                LOGGER.info("Chunk %d is missing or damaged and is embedded again.", index)
                 self.run([index], partial)
-                chunk = partial.read(partial.finished()[index], self.dtype)
-            chunks.append(chunk)
-        return chunks
+                finished = partial.finished()
+            paths.append(finished[index])
+        return ChunkFiles(paths)
 
     def check_same_images(self, partial: PartialFolder) -> None:
         """Read an image again of some chunks that an earlier run finished.
@@ -134,10 +133,15 @@ class Embedder:
             StoreError: an embedding does not fit the dtype.
             SystemExit: this process was asked to stop; what is finished stays.
         """
-        begun = {index: partial.read_begun(*found, self.dtype) for index, found in partial.begun().items()}
+        mine = set(indices)
+        begun = {
+            index: partial.read_begun(*found, self.dtype)
+            for index, found in partial.begun().items()
+            if index in mine  # others' may be finished, and gone, at any moment
+        }
         cuts = [rows for index in indices for rows in self._missing(index, begun)]
         start = time.monotonic()
-        with StopRequest("the batch in hand") as stop, ChunkWriter(partial) as writer:
+        with StopRequest("the batch in hand") as stop, _workers_must_live(stop), ChunkWriter(partial) as writer:
             embedded = self.embed(cuts, stop)
             for index in indices:
                 missing = self._missing(index, begun)

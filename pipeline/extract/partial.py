@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, first_line
+from pipeline.extract.folder_lock import LOCK_NAME, FolderLock
 
 PARTIAL_VERSION = 1
 _SETTINGS = "settings.json"
@@ -54,6 +55,8 @@ class PartialFolder:
             path: of the folder.
         """
         self.path = path
+        self.is_open = False
+        self._lock = FolderLock(path)
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
         """Make the folder, or take up one that was made with the same settings.
@@ -69,9 +72,17 @@ class PartialFolder:
             PipelineError: other settings made it, or another version of the program; the fields that differ are named.
         """
         wanted = {"partial_version": PARTIAL_VERSION, **settings}
-        if self.path.exists():
-            differing = _differences(wanted, self._read_settings())
-            if not differing:
+        if self.path.exists() and not self._is_new():
+            found = self._read_settings()
+            if "partial_version" not in found:
+                raise PipelineError(
+                    f"{self.path}: is in the way: no extraction made it. Move it, or choose another --out."
+                )
+            self._lock.take()
+            if not (differing := _differences(wanted, found)):
+                self.is_open = True
+                for leftover in self.path.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
                 return len(self.finished())
             if not overwrite:
                 raise PipelineError(
@@ -79,7 +90,9 @@ class PartialFolder:
                     "Give the same command to go on with it, or pass --overwrite to start anew."
                 )
             self.remove()
-        self.path.mkdir()
+        self.path.mkdir(exist_ok=True)
+        self._lock.take()
+        self.is_open = True
         _write_whole(self.path / _SETTINGS, json.dumps(wanted, indent=2, sort_keys=True).encode())
         return 0
 
@@ -127,7 +140,7 @@ class PartialFolder:
         """
         digest = hashlib.sha256(chunk.tobytes()).hexdigest()
         name = f"{index:08d}-{digest}.npy" if begun is None else f"{index:08d}-{begun}-{digest}.begun.npy"
-        temporary = self.path / f".{index:08d}.tmp"
+        temporary = self.path / f".{index:08d}-{os.getpid()}.tmp"
         older = [path for other, (_, path) in self.begun().items() if other == index]
         try:
             with temporary.open("wb") as file:
@@ -139,8 +152,8 @@ class PartialFolder:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise PipelineError(
-                f"{self.path}: cannot be written to ({error.strerror}). What is finished stays: make room, and give "
-                "the same command again."
+                f"{self.path}: cannot be written to ({error.strerror or first_line(error)}). What is finished stays: "
+                "make room, and give the same command again."
             ) from None
         for path in older:
             if path.name != name:
@@ -158,11 +171,18 @@ class PartialFolder:
         """
         try:
             chunk: Chunk = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # the machine's fault, not the file's
+            raise PipelineError(
+                f"{path}: cannot be read ({error.strerror or first_line(error)}). Nothing was removed: give the same "
+                "command again."
+            ) from None
+        except (ValueError, EOFError):
             chunk = np.empty(0, "V1")
         digest = path.name.split(".")[0].rpartition("-")[2]
         if chunk.dtype != dtype or chunk.ndim != 1 or hashlib.sha256(chunk.tobytes()).hexdigest() != digest:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
         return chunk
 
@@ -189,12 +209,22 @@ class PartialFolder:
         return (self.path / _ASSEMBLED).exists()
 
     def is_empty(self) -> bool:
-        """Tell whether the folder is there, without anything that is worth keeping."""
-        return self.path.is_dir() and not self.finished() and not self.begun()
+        """Tell whether the folder is there, ours, and without anything that is worth keeping."""
+        return self.is_open and self.path.is_dir() and not self.finished() and not self.begun()
 
     def remove(self) -> None:
         """Remove the folder and all chunks."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the folder to whoever goes on."""
+        self.is_open = False
+        self._lock.release()
+
+    def _is_new(self) -> bool:
+        """Tell whether somebody was stopped before the settings were written."""
+        return {path.name for path in self.path.iterdir()} <= {LOCK_NAME, f".{_SETTINGS}.tmp"}
 
     def _read_settings(self) -> dict[str, Any]:
         try:

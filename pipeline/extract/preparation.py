@@ -36,6 +36,8 @@ def load_settings_teacher(settings: ExtractSettings, device: torch.device) -> "T
         raise PipelineError(
             f"extract needs {error.name}, which is not installed: pip install 'clip-embed-kd[extract]'"
         ) from None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and CUDA contexts go by the current device
     precision = resolve_precision(settings.precision, device)
     teacher = load_teacher(settings.teacher, settings.teacher_revision, settings.resolved_pooling(), device, precision)
     info = teacher.info

@@ -162,7 +162,9 @@ def _check_room(settings: ExtractSettings, num_classes: int, num_rows: int, embe
         needed += num_classes * embed_dim * 4
     if settings.samples:
         needed += num_rows * (settings.views * embed_dim * np.dtype(settings.dtype).itemsize + 20)
-    check_output(settings.out, needed, replaceable=True)  # whether it exists was checked
+    partial = partial_path(settings.out)
+    needed -= sum(path.stat().st_size for path in partial.rglob("*.npy")) if partial.is_dir() else 0
+    check_output(settings.out, max(0, needed), replaceable=True)  # whether it exists was checked
 
 
 def _manifest(embedder: Embedder, chosen: _Chosen, assembled: Assembled, num_bad: int) -> Manifest:

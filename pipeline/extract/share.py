@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data import Labelled
+from pipeline.errors import PipelineError
 from pipeline.extract.assemble import Chunks
 from pipeline.extract.embed import Embedder
 from pipeline.extract.measures import Embedded
@@ -57,30 +58,46 @@ class Share:
         processes.wait()
         if not processes.is_main:
             partial.join(decides)
-        finished, begun = partial.finished(), partial.begun()
-        processes.wait()  # nobody adds to the list before all have read it
-        chunks = embedder.plan.chunks
-        missing = [index for index in range(len(chunks)) if index not in finished]
-        num_resumed = embedder.plan.num_images([index for index in range(len(chunks)) if index in finished])
-        num_resumed += sum(len(rows) for index in begun.keys() - finished for rows in chunks[index][: begun[index][0]])
+        # The first one's list is everybody's: a network disk may show each of them another one.
+        missing, num_resumed = processes.agree(self._missing(embedder))
         if num_resumed and processes.is_main:
             LOGGER.info("%d images were embedded by an earlier run.", num_resumed)
         seconds = embedder.run(missing[processes.rank :: processes.count], partial)
         processes.wait()
         return ShareResult(num_resumed, seconds)
 
-    def embed_evaluation(self, embedder: Embedder) -> Embedded:
+    def _missing(self, embedder: Embedder) -> tuple[list[int], int]:
+        """Return the chunks that are not finished, and how many images are."""
+        finished, begun, chunks = self.partial.finished(), self.partial.begun(), embedder.plan.chunks
+        missing = [index for index in range(len(chunks)) if index not in finished]
+        num_resumed = embedder.plan.num_images([index for index in range(len(chunks)) if index in finished])
+        num_resumed += sum(len(rows) for index in begun.keys() - finished for rows in chunks[index][: begun[index][0]])
+        return missing, num_resumed
+
+    def embed_evaluation(self, embedder: Embedder) -> Embedded | None:
         """Embed other images, for the report card alone; their chunks lie in a folder within the first.
 
         Args:
             embedder: what is to be embedded.
 
         Returns:
-            The distinct images.
+            The distinct images; none in other processes than the first.
+
+        Raises:
+            PipelineError: no image can be decoded.
         """
         inner = Share(PartialFolder(self.partial.path / "report"), self.processes)
-        inner.embed(embedder)
+        try:
+            inner.embed(embedder)
+        finally:
+            inner.partial.close()
+        if not self.processes.is_main:  # the first one alone makes the report card, and removes the folder
+            return None
         chunks = Chunks(embedder.load(inner.partial), len(embedder.data.class_names))
+        if not len(chunks):
+            raise PipelineError(
+                f"--report-split {embedder.data.settings.split}: none of its images can be decoded. Choose another one."
+            )
         return chunks.unique_images(len(chunks))
 
     @contextmanager
@@ -92,9 +109,11 @@ class Share:
             # The other processes may still be at work in it.
             if self.processes.is_main and self.partial.is_empty():
                 self.partial.remove()
-            elif self.processes.is_main and self.partial.path.exists():
+            elif self.processes.is_main and self.partial.is_open:
                 LOGGER.info("What is finished stays in %s: the same command goes on from there.", self.partial.path)
             raise
+        finally:
+            self.partial.close()
 
 
 def what_decides(embedder: Embedder) -> dict[str, Any]:

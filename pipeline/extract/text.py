@@ -16,7 +16,7 @@ from pipeline.errors import PipelineError, first_line
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.teacher import Teacher, load_pretrained, load_tokenizer
 from pipeline.extract.tower import check_whole, weights_sha256
-from pipeline.progress import LOGGER
+from pipeline.progress import LOGGER, ProgressBar
 from pipeline.runtime import batch_must_fit
 from store import TextInfo
 
@@ -85,9 +85,8 @@ class TextTower:
         # SigLIP takes the last token for the text's, and was trained without a mask: it has to see the padding.
         padding = {"padding": "max_length", "max_length": self.max_tokens} if self.is_siglip else {"padding": True}
         padded = self.tokenizer.pad({"input_ids": list(tokens)}, return_tensors="pt", **padding)
-        inputs = {name: padded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        if self.is_siglip:
-            del inputs["attention_mask"]
+        names = ("input_ids",) if self.is_siglip else ("input_ids", "attention_mask")
+        inputs = {name: padded[name].to(self.model.device) for name in names}
         with torch.inference_mode():
             found = self.model.get_text_features(**inputs).pooler_output.double().cpu().numpy()
         embeddings: NDArray[np.float64] = found / np.linalg.norm(found, axis=1, keepdims=True)
@@ -109,22 +108,35 @@ def embed_class_names(settings: ExtractSettings, classes: Sequence[str], teacher
         PipelineError: the teacher has no text tower or tokenizer, they do not fit, or a text is too long.
     """
     tower = load_text_tower(settings.teacher, teacher.info.revision or settings.teacher_revision, teacher)
-    names = [name.replace("_", " ") for name in classes]
-    tokens = tower.tokenize([prompt.replace("{}", name) for name in names for prompt in settings.prompts])
-    size = settings.batch_size or _BATCH_SIZE
+    embeddings = _mean_over_prompts(tower, settings, [name.replace("_", " ") for name in classes])
+    _check(tower, classes, embeddings, teacher)
+    LOGGER.info("The names of %d classes were embedded with %d prompt(s).", len(classes), len(settings.prompts))
+    return ClassText(embeddings, TextInfo(prompts=settings.prompts, weights_sha256=tower.weights_sha256))
+
+
+def _mean_over_prompts(tower: TextTower, settings: ExtractSettings, names: Sequence[str]) -> NDArray[np.float32]:
+    size, num_prompts = settings.batch_size or _BATCH_SIZE, len(settings.prompts)
+    num_texts = len(names) * num_prompts
+    summed: NDArray[np.float64] | None = None
+    bar = ProgressBar("embedding class names", num_texts, "texts")
     try:
-        with batch_must_fit(size, "the text tower"), np.errstate(invalid="ignore"):
-            batches = [tower.embed(tokens[start : start + size]) for start in range(0, len(tokens), size)]
+        with bar, batch_must_fit(size, "the text tower"), np.errstate(invalid="ignore"):
+            for start in range(0, num_texts, size):
+                numbers = np.arange(start, min(start + size, num_texts))
+                classes, prompts = np.divmod(numbers, num_prompts)
+                texts = [settings.prompts[j].replace("{}", names[i]) for i, j in zip(classes, prompts, strict=True)]
+                embeddings = tower.embed(tower.tokenize(texts))
+                if summed is None:
+                    summed = np.zeros((len(names), embeddings.shape[1]))
+                np.add.at(summed, classes, embeddings)
+                bar.advance(len(texts))
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         raise PipelineError(
             f"{tower.name}: the text tower cannot embed the class names ({first_line(error)}). "
             "Do its config.json and its tokenizer belong together?"
         ) from error
-    of_prompts = np.concatenate(batches).reshape(len(classes), len(settings.prompts), -1)
-    embeddings = of_prompts.mean(axis=1).astype(np.float32)
-    _check(tower, classes, embeddings, teacher)
-    LOGGER.info("The names of %d classes were embedded with %d prompt(s).", len(classes), len(settings.prompts))
-    return ClassText(embeddings, TextInfo(prompts=settings.prompts, weights_sha256=tower.weights_sha256))
+    mean: NDArray[np.float32] = (np.zeros((0, 0)) if summed is None else summed / num_prompts).astype(np.float32)
+    return mean
 
 
 def load_text_tower(name: str, revision: str | None, teacher: Teacher) -> TextTower:

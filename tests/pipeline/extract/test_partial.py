@@ -79,7 +79,35 @@ def test_a_folder_without_settings_is_not_ours(partial: PartialFolder, content: 
     (partial.path / "settings.json").unlink()
     if content is not None:
         (partial.path / "settings.json").write_bytes(content)
-    assert "an interrupted extraction with other settings" in refusal(partial, SETTINGS)
+    (partial.path / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(PipelineError) as error:
+            PartialFolder(partial.path).open(SETTINGS, overwrite=overwrite)
+        assert str(error.value) == (
+            f"{partial.path}: is in the way: no extraction made it. Move it, or choose another --out."
+        )
+    assert (partial.path / "thesis.txt").exists()
+
+
+def test_who_was_stopped_before_the_settings_were_written_goes_on(tmp_path: Path) -> None:
+    folder = PartialFolder(tmp_path / "a.partial")
+    folder.path.mkdir()
+    (folder.path / ".settings.json.tmp").write_bytes(b"{")
+    assert folder.open(SETTINGS, overwrite=False) == 0
+    folder.join(SETTINGS)
+
+
+def test_two_extractions_do_not_share_a_folder(partial: PartialFolder) -> None:
+    other = PartialFolder(partial.path)
+    for settings in (SETTINGS, {"seed": 1}):
+        with pytest.raises(PipelineError) as error:
+            other.open(settings, overwrite=True)
+        assert str(error.value) == (
+            f"{partial.path}: another extraction is at work in it. Wait for it, or choose another --out."
+        )
+    assert not other.is_empty()
+    partial.remove()
+    assert other.open({"seed": 1}, overwrite=False) == 0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other type", "pickle"])
@@ -111,7 +139,7 @@ def test_a_disk_that_is_full_says_how_to_go_on(partial: PartialFolder, monkeypat
         f"{partial.path}: cannot be written to (No space left on device). What is finished stays: make room, and give "
         "the same command again."
     )
-    assert [path.name for path in partial.path.iterdir()] == ["settings.json"]
+    assert sorted(path.name for path in partial.path.iterdir()) == ["lock", "settings.json"]
 
 
 def test_other_processes_must_see_the_same(partial: PartialFolder) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_a_part_has_the_classes_of_its_rows(settings: Callable[..., ExtractSetti
     merged = [
         store.merge_artifacts([parts[0].path, parts[index].path], settings(f"m{index}.h5").out) for index in (1, 2)
     ]
-    assert [one.manifest.sampling.rows for one in merged] == [(0, 3), None]
+    assert [one.manifest.sampling.rows for one in merged] == [(0, 3), (0, 12)]
 
 
 def test_accuracies_may_be_measured_on_another_split(
@@ -233,6 +234,15 @@ def test_several_processes_need_their_library(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(PipelineError, match="several processes need accelerate, which is not installed"):
         join_processes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("size", ["2", "x"])
+def test_several_processes_need_a_launcher(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    accelerate.PartialState._reset_state()
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(PipelineError, match=r"cannot find each other \(.+\)\. Start them with torchrun, or unset"):
+        join_processes(torch.device("cpu"))
+    accelerate.PartialState._reset_state()
 
 
 def test_one_process_is_the_main_one() -> None:

@@ -428,6 +428,83 @@ def test_the_disk_must_have_room_before_anything_is_embedded(
         run(**options)
 
 
+def test_what_an_earlier_run_wrote_needs_no_room_again(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def note(path: Path, needed_bytes: int, *, replaceable: bool) -> None:
+        asked.append(needed_bytes)
+
+    monkeypatch.setattr("pipeline.extract.run.check_output", note)
+    with monkeypatch.context() as context:
+        fail_in_batch(context, 4, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(samples=True, batch_size=8)
+    written = sum(path.stat().st_size for path in out.parent.rglob("*.npy"))
+    assert written > 24 * 24 * 4
+    assert run(samples=True, batch_size=8).num_resumed == 24
+    assert asked == [asked[0], asked[0] - written]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(run: Run, out: Path) -> None:
+    folder = out.with_name(out.name + ".partial")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        assert refusal(run, overwrite=overwrite) == (
+            f"{folder}: is in the way: no extraction made it. Move it, or choose another --out."
+        )
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_report_split_without_an_image_is_one_line(run: Run, damaged_data: Path, tmp_path: Path) -> None:
+    bad = datasets.load_from_disk(str(damaged_data)).select([3, 4, 4])
+    good = datasets.load_from_disk(str(damaged_data)).select([0, 1, 2, 5])
+    folder = tmp_path / "both"
+    datasets.DatasetDict(train=good, test=bad).save_to_disk(str(folder))
+    assert refusal(run, data=data_of(folder), skip_bad=True, report_split="test") == (
+        "--report-split test: none of its images can be decoded. Choose another one."
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (
+            "train",
+            "--report-split train: is the split that is embedded, so nothing would be unseen. Name another, or leave "
+            "the option out: a fifth of the images is then held out.",
+        ),
+        ("none", "{folder}: no split 'none'. It has 'train', 'test'."),
+    ],
+)
+@pytest.mark.usefixtures("nothing_left")
+def test_a_report_split_that_measures_nothing_is_refused(run: Run, saved_data: Path, split: str, message: str) -> None:
+    assert refusal(run, report_split=split) == message.replace("{folder}", str(saved_data))
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_report_split_with_other_classes_is_refused(run: Run) -> None:
+    assert refusal(run, rows=(0, 2), report_split="test") == (
+        "--report-split test: 1 of its classes are not among those that are embedded (cat). Choose another split, or "
+        "extract all classes."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((0, 31), "--rows 0:31: the split has 30 rows."),
+        ((0, 1), None),
+        ((29, 30), None),
+    ],
+)
+def test_rows_must_be_those_of_the_split(run: Run, rows: tuple[int, int], message: str | None) -> None:
+    if message is None:
+        assert run(rows=rows).num_images == 1
+    else:
+        assert refusal(run, rows=rows) == message
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_without_the_library_of_teachers_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pipeline.extract.teacher")
@@ -509,7 +586,7 @@ def test_an_interrupted_run_leaves_its_finished_batches(
         run(out=out.with_suffix(suffix), samples=True, batch_size=8, workers=workers)
     (left,) = out.parent.iterdir()
     assert left.name == f"a{suffix}.partial"
-    assert sorted(path.suffixes for path in left.iterdir()) == [[".begun", ".npy"], [".json"]]
+    assert sorted(path.suffixes for path in left.iterdir() if path.name != "lock") == [[".begun", ".npy"], [".json"]]
 
 
 @pytest.mark.usefixtures("nothing_left")

@@ -69,6 +69,13 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def read_ids_only(folder: Path) -> None:
+    """Let the tokenizer make no attention mask, as those of the published SigLIP models."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(settings | {"model_input_names": ["input_ids"]}), "utf-8")
+
+
 def make_clip(folder: Path) -> Path:
     text = TEXT | {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
     config = transformers.CLIPConfig(text_config=text, vision_config=PICTURES, projection_dim=6)
@@ -81,6 +88,7 @@ def make_siglip(folder: Path) -> Path:
     text = TEXT | {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0, "projection_size": 8}
     save(transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=PICTURES)), folder)
     save_tokenizer(folder)
+    read_ids_only(folder)
     return folder
 
 
