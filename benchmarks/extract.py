@@ -276,7 +276,7 @@ def measure_rates(setup: Setup) -> Figures:
 def measure_assembly(setup: Setup) -> Figures:
     """Make artifacts of chunks of numbers, 768 values an image: seconds, and memory for each image more.
 
-    What follows when the last image is embedded, but for the report card, which looks at 50,000 images at most.
+    What follows when the last image is embedded, but for the report card, which looks at 20,000 images at most.
     """
     counts = [min(number, setup.images or number) for number in ASSEMBLED_IMAGES]
     figures: Figures = {"embedding values": extract_assembly.EMBED_DIM, "classes": extract_assembly.NUM_CLASSES}
