@@ -218,6 +218,17 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             f"{artifact}: exists. Choose another --out, or pass --overwrite.",
         ),
         "neither an artifact to write nor one to check": (extract[:-2], 2, "Missing option '--out', or '--check'."),
+        "rows that are none": (
+            [*extract, "--rows", "9:9"],
+            2,
+            "Invalid value for '--rows': '9:9' is not A:B with 0 ≤ A",
+        ),
+        "rows beyond the split": ([*extract, "--rows", "0:99"], 1, "--rows 0:99: the split has 30 rows."),
+        "a report on what is embedded": (
+            [*extract, "--report-split", "train"],
+            1,
+            "--report-split train: is the split that is embedded, so nothing would be unseen.",
+        ),
         "a check that writes": ([*check, "--out", out], 2, "--out does not go with --check, which writes nothing."),
         "a check with a seed": ([*check, "--seed", 1], 2, f"--seed does not go with --check: {manifest}"),
         "a check of one's own sampling": (

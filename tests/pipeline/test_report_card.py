@@ -206,6 +206,7 @@ def test_the_order_of_rows_changes_nothing(with_evaluation: bool) -> None:
 
 def test_no_more_images_are_graded_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "MAX_IMAGES", 50)
+    monkeypatch.setattr(grading, "MAX_HELD_OUT", 10)
     card = grade(clusters(90), NAMES, evaluation=clusters(40, seed=1))
     assert (card.num_images, card.num_graded, card.num_held_out) == (90, 40, 10)
     assert card.basis() == ("10 images of the evaluation set; 40 of 90 images graded, chosen by sample key")

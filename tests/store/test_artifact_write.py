@@ -287,3 +287,10 @@ def destination_refusal(path: Path, *, overwrite: bool = False, gzip: bool = Fal
     with pytest.raises(store.ArtifactWriteError) as caught:
         store.check_destination(path, overwrite=overwrite, gzip=gzip)
     return str(caught.value)
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))
+    with pytest.raises(store.ArtifactWriteError) as error:
+        store.check_destination(tmp_path / "a.h5", overwrite=False)
+    assert str(error.value) == f"{tmp_path / 'a.h5'}: the folder {tmp_path} is not writable. Choose another --out."

@@ -21,6 +21,9 @@ def parsed(line: str) -> tuple[str, dict[str, object]]:
     parent = cli.cli.make_context(program, [name])
     options = dict(cli.cli.commands[name].make_context(name, words, parent=parent).params)
     del options["as_json"]
+    if name == "extract":
+        assert options.pop("check") is None
+        del options["fraction"]
     return name, options
 
 

@@ -114,3 +114,9 @@ def test_prompts_and_pooling_that_do_not_fit_text_are_refused(options: dict[str,
     with pytest.raises(ValidationError) as error:
         settings(**options)
     assert describe_problems(error.value) == problem
+
+
+@pytest.mark.parametrize("rows", [(3, 3), (5, 2), (-1, 4)])
+def test_rows_are_some(rows: tuple[int, int]) -> None:
+    with pytest.raises(ValidationError, match="rows A:B are A to B - 1, with 0 ≤ A < B"):
+        ExtractSettings(teacher="t", data=DataSettings(dataset="d"), out=Path("a.h5"), rows=rows)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -19,6 +20,7 @@ import store
 from pipeline.data import DataSettings
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings, extract
+from pipeline.extract.embed import Embedder
 from pipeline.extract.partial import PartialFolder, partial_path
 from pipeline.extract.processes import Processes, join_processes
 from pipeline.extract.teacher import Teacher
@@ -208,6 +210,22 @@ def test_accuracies_may_be_measured_on_another_split(
     assert not partial_path(result.path).exists()
 
 
+def test_a_chunk_that_was_damaged_at_the_end_is_embedded_again(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract(settings("whole.safetensors"))
+    load = Embedder.load
+
+    def damage(self: Embedder, partial: PartialFolder) -> Any:
+        partial.finished()[1].write_bytes(b"")
+        partial.finished()[2].unlink()
+        return load(self, partial)
+
+    monkeypatch.setattr(Embedder, "load", damage)
+    extract(settings())
+    assert settings().out.read_bytes() == settings("whole.safetensors").out.read_bytes()
+
+
 def test_views_are_of_the_same_samples(settings: Callable[..., ExtractSettings]) -> None:
     result = extract(settings(views=3, view_size=16, dtype="float32"))
     sampling = result.manifest.sampling
@@ -243,6 +261,42 @@ def test_several_processes_need_a_launcher(monkeypatch: pytest.MonkeyPatch, size
     with pytest.raises(PipelineError, match=r"cannot find each other \(.+\)\. Start them with torchrun, or unset"):
         join_processes(torch.device("cpu"))
     accelerate.PartialState._reset_state()
+
+
+def test_the_death_of_another_process_is_one_line() -> None:
+    def fail() -> None:
+        raise RuntimeError("[gloo] Connection closed by peer\nmore")
+
+    processes = Processes(0, 2, SimpleNamespace(wait_for_everyone=fail))
+    with pytest.raises(PipelineError) as error:
+        processes.wait()
+    assert str(error.value) == (
+        "another process of this extraction has stopped (its own message says why), so this one stops too. The same "
+        "command goes on from what is finished. [[gloo] Connection closed by peer]"
+    )
+
+
+def test_what_is_agreed_on_is_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Processes(0, 1).agree([1]) == [1]
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: [[2] for _ in values])
+    assert Processes(1, 2, SimpleNamespace()).agree([1]) == [2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    state = SimpleNamespace(local_process_index=rank, process_index=rank, num_processes=2)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **options: state)
+    if rank == 0:
+        assert join_processes(torch.device("cuda"))[1] == torch.device("cuda:0")
+        return
+    with pytest.raises(PipelineError) as error:
+        join_processes(torch.device("cuda"))
+    assert str(error.value) == (
+        "process 1 of this machine has no GPU of its own: PyTorch sees 1. Start fewer processes, or pass --device "
+        "cuda:0."
+    )
 
 
 def test_one_process_is_the_main_one() -> None:

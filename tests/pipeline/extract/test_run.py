@@ -494,6 +494,7 @@ def test_a_report_split_with_other_classes_is_refused(run: Run) -> None:
     ("rows", "message"),
     [
         ((0, 31), "--rows 0:31: the split has 30 rows."),
+        ((5, 6), None),
         ((0, 1), None),
         ((29, 30), None),
     ],

@@ -1,11 +1,14 @@
 """Which images stand for a class."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError
-from pipeline.extract.sampling import check_no_empty_class, sample_rows
+from pipeline.extract.sampling import check_no_empty_class, rows_within, sample_rows
 
 NAMES = ("ant", "bee", "cat")
 # 20 ants, 10 bees, 3 cats, in an order of no meaning.
@@ -87,3 +90,34 @@ def test_at_most_five_classes_without_images_are_named() -> None:
 
 def test_classes_with_images_pass() -> None:
     check_no_empty_class(np.array([1, 5]), ("ant", "bee"))
+
+
+def rows_data(*, classes_named: bool) -> Any:
+    """Ten rows of which the labels go round three classes."""
+    return cast(
+        "Any",
+        SimpleNamespace(
+            num_rows_before_limit=10,
+            numbers=np.arange(10),
+            labels=np.arange(10) % 3,
+            class_names=NAMES,
+            classes_named=classes_named,
+        ),
+    )
+
+
+def test_a_part_without_a_chosen_image_is_refused() -> None:
+    with pytest.raises(PipelineError) as error:
+        rows_within(rows_data(classes_named=True), np.array([0, 9]), (3, 6))
+    assert str(error.value) == "--rows 3:6: none of the chosen images stands there. Take a larger part."
+
+
+def test_classes_without_names_must_all_be_in_a_part() -> None:
+    data = rows_data(classes_named=False)
+    assert rows_within(data, np.arange(10), (3, 6)).tolist() == [3, 4, 5]
+    with pytest.raises(PipelineError) as error:
+        rows_within(data, np.arange(10), (3, 5))
+    assert str(error.value) == (
+        "--rows 3:5: 1 of 3 classes have no image there, and classes without names are known by their place. Name the "
+        "classes, shuffle the data, or take larger parts."
+    )

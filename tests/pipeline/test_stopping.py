@@ -1,0 +1,52 @@
+"""A first SIGTERM is noted, a second one obeyed."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.stopping import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def obeyed() -> Iterator[list[int]]:
+    """Take SIGTERM over for the test; the list has what arrived."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    yield arrived
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_first_signal_is_noted_and_the_second_obeyed(obeyed: list[int]) -> None:
+    with StopRequest("the batch in hand") as stop:
+        stop.obey()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.requested, obeyed) == (True, [])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert obeyed == [signal.SIGTERM]
+        with pytest.raises(SystemExit) as left:
+            stop.obey()
+    assert left.value.code == 143
+
+
+def test_the_signal_is_given_back(obeyed: list[int]) -> None:
+    with StopRequest("the batch in hand") as stop:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (stop.requested, obeyed) == (False, [signal.SIGTERM])
+
+
+def test_other_threads_take_no_signals(obeyed: list[int]) -> None:
+    def work() -> None:
+        with StopRequest("the batch in hand") as stop:
+            stop.obey()
+            done.append(stop.requested)
+
+    done: list[bool] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert (done, obeyed) == ([False], [signal.SIGTERM])
