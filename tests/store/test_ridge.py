@@ -270,3 +270,28 @@ def test_batches_that_can_be_read_only_once_are_an_error() -> None:
     once = iter([examples(5, 2, 2)])
     with pytest.raises(ValueError, match=r"^the second pass streamed 0 rows, expected the 5 of the first$"):
         fit_ridge(lambda: once, 2, 2)
+
+
+def test_of_very_many_rows_a_random_part_chooses_the_penalty(monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, class_index = examples(4000, 6, 4)
+    whole = fit(embeddings, class_index, 4)
+    judged: list[int] = []
+    leave_one_out = ridge._Problem.leave_one_out
+
+    def count(self: ridge._Problem, values: Array, labels: Array) -> Array:
+        judged.append(len(values))
+        return leave_one_out(self, values, labels)
+
+    monkeypatch.setattr(ridge._Problem, "leave_one_out", count)
+    monkeypatch.setattr(ridge, "JUDGED_ROWS", 500)
+    monkeypatch.setattr(ridge, "JUDGED_SCORES", 4)
+    parts = [fit(embeddings, class_index, 4, cuts) for cuts in ((), (3, 1000, 1001, 2500))]
+    assert 400 < sum(judged) / 2 < 600
+    for part in parts:  # the fit itself is to all rows
+        assert part.loo_error == pytest.approx(whole.loo_error, rel=0.1)
+        assert part.loo_error != whole.loo_error
+        assert part.penalty == pytest.approx(whole.penalty, rel=10)
+    assert parts[0].loo_error == pytest.approx(parts[1].loo_error, rel=1e-9)
+    monkeypatch.setattr(ridge, "JUDGED_ROWS", 1e-9)
+    monkeypatch.setattr(ridge, "JUDGED_SCORES", 0)
+    assert fit(embeddings, class_index, 4).loo_error > 0  # one row at least
