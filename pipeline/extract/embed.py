@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -141,8 +141,13 @@ class Embedder:
         }
         cuts = [rows for index in indices for rows in self._missing(index, begun)]
         start = time.monotonic()
-        with StopRequest("the batch in hand") as stop, _workers_must_live(stop), ChunkWriter(partial) as writer:
-            embedded = self.embed(cuts, stop)
+        stop = StopRequest("the batch in hand")
+        with (
+            stop,
+            _workers_must_live(stop),
+            ChunkWriter(partial) as writer,
+            closing(self.embed(cuts, stop)) as embedded,  # so that the bar is gone before an error is shown
+        ):
             for index in indices:
                 missing = self._missing(index, begun)
                 with writer.chunk(index, begun.pop(index, [])) as records:
@@ -151,7 +156,7 @@ class Embedder:
                         stop.obey()
         return time.monotonic() - start
 
-    def embed(self, cuts: Sequence[NDArray[np.int64]], stop: StopRequest | None = None) -> Iterator[Chunk]:
+    def embed(self, cuts: Sequence[NDArray[np.int64]], stop: StopRequest | None = None) -> Generator[Chunk]:
         """Embed batches, with a progress bar.
 
         Args:
