@@ -75,7 +75,7 @@ def evaluate_student(
         for start in range(0, len(images), batch_size):
             places = images.places[start : start + batch_size]
             labels = images.labels[start : start + batch_size]
-            pixels = torch.from_numpy(images.pixels[places]).to(device)
+            pixels = torch.from_numpy(images.pixels[places, 0]).to(device)
             logits = student(student.normalise(pixels))[1].float()
             best = logits.topk(min(5, num_classes), dim=1).indices.cpu().numpy()
             hit = best == labels[:, None]

@@ -92,7 +92,7 @@ def decode_images(data: Labelled, image_size: int, *, skip_bad: bool, folder: Pa
     if not keys:
         raise PipelineError(f"{data.settings.dataset}, split {data.settings.split}: no image could be decoded.")
     return DecodedImages(
-        pixels=np.memmap(file, np.uint8, "r").reshape(-1, image_size, image_size, 3),
+        pixels=np.memmap(file, np.uint8, "r").reshape(-1, 1, image_size, image_size, 3),
         places=np.arange(len(keys)),
         source_rows=data.numbers[kept],
         keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16),

@@ -1,0 +1,122 @@
+"""Everything before the first step: checks, images, the join, the student and its trainer."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.data import Labelled, evaluation_split, load_labelled
+from pipeline.distill.config import DistillSettings
+from pipeline.distill.evaluate import student_labels
+from pipeline.distill.feed import Feed
+from pipeline.distill.images import DecodedImages, decode_images, held_out
+from pipeline.distill.initial import initialise
+from pipeline.distill.join_report import JoinReport, report_join
+from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.recipe import Recipe
+from pipeline.distill.student import Student, build_student, student_config
+from pipeline.distill.targets import class_rows, join, verify_for
+from pipeline.errors import PipelineError
+from pipeline.output import check_output
+from pipeline.progress import LOGGER
+from pipeline.runtime import resolve_device, resolve_precision
+from store import Artifact
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is trained on and what is evaluated on."""
+
+    train: DecodedImages
+    evaluation: DecodedImages
+    evaluation_name: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run consists of. The trainer stands at the start."""
+
+    data: Labelled
+    images: Images
+    join_report: JoinReport
+    trainer: Trainer
+    feed: Feed
+
+
+def compute_for(settings: DistillSettings) -> Compute:
+    """Choose where and how a run computes.
+
+    Raises:
+        PipelineError: the device is unknown or absent.
+    """
+    device = resolve_device(settings.device)
+    precision = resolve_precision(settings.precision, device)
+    return Compute(device, precision, settings.seed, settings.micro_batch, settings.compile)
+
+
+def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifact: Artifact) -> Prepared:
+    """Do everything that comes before the first step; what can be checked is checked before images are decoded.
+
+    Args:
+        settings: of the run.
+        recipe: with the settings laid over it.
+        compute: where and how.
+        artifact: open.
+
+    Returns:
+        What the run consists of.
+
+    Raises:
+        PipelineError: anything a user can cause.
+        StoreError: the artifact is damaged.
+    """
+    verify_for(artifact, settings.target, recipe)
+    data = load_labelled(settings.data)
+    rows = class_rows(artifact, data.class_names, data.classes_named, by_index=settings.join_by_index)
+    evaluation = _evaluation_data(settings, data.class_names)
+    torch.manual_seed(settings.seed)
+    config = student_config(settings.student, settings.image_size, data.class_names, recipe)
+    student = build_student(config)
+    initialise(student, settings.init)
+    check_output(settings.out, _needed_bytes(student), replaceable=settings.overwrite or settings.resume)
+    images = _decode(settings, data, evaluation)
+    targets = join(artifact, images.train, rows, settings.target, recipe)
+    report = report_join(targets, images.train, settings.max_missing)
+    for line in report.lines():
+        LOGGER.info("%s", line)
+    LOGGER.info("%s images to evaluate on: %s.", f"{len(images.evaluation):,}", images.evaluation_name)
+    trainer = Trainer(student, targets, settings.target, recipe, compute)
+    feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
+    return Prepared(data, images, report, trainer, feed)
+
+
+def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
+    split = settings.eval_split or evaluation_split(settings.data)
+    if split is None:
+        return None
+    data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
+    return replace(data, labels=student_labels(data, class_names), class_names=class_names)
+
+
+def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | None) -> Images:
+    train = decode_images(data, settings.image_size, skip_bad=settings.skip_bad)
+    if evaluation is not None:
+        test = decode_images(evaluation, settings.image_size, skip_bad=settings.skip_bad)
+        images = Images(train, test, f"split {evaluation.settings.split}")
+    else:
+        apart = held_out(train.keys)
+        images = Images(train.select(~apart), train.select(apart), "held-out tenth of the training split")
+        LOGGER.info(
+            "The data has no evaluation split: %d of its %d images are held out by content.",
+            *(len(images.evaluation), len(train)),
+        )
+    if len(images.train) < 2 or len(images.evaluation) == 0:
+        raise PipelineError(
+            f"{settings.data.dataset}: {len(images.train)} images are left to train on and {len(images.evaluation)} "
+            "to evaluate on; at least 2 and 1 are needed."
+        )
+    return images
+
+
+def _needed_bytes(student: Student) -> int:
+    weights = sum(parameter.nbytes for parameter in student.parameters())
+    return 14 * weights + 10_000_000  # three checkpoints with two moments and an average, two students, metrics

@@ -1,0 +1,131 @@
+"""The flow of a run: epochs of steps, checkpoints, an evaluation after each epoch, and a way to stop."""
+
+import signal
+import time
+from dataclasses import dataclass, replace
+
+from pipeline.distill.evaluate import Evaluation, evaluate_student
+from pipeline.distill.feed import Feed
+from pipeline.distill.images import DecodedImages
+from pipeline.distill.loop import Trainer
+from pipeline.distill.record import RunDirectory
+from pipeline.progress import LOGGER, ProgressBar, duration
+from pipeline.stopping import StopRequest
+
+_REPORT_SECONDS = 5.0  # between two lines of epochs that are shorter
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run stops early, and how often it is saved in the midst of an epoch."""
+
+    max_steps: int | None
+    checkpoint_minutes: float
+
+
+class Training:
+    """One run, from where its trainer stands to its end."""
+
+    def __init__(self, trainer: Trainer, feed: Feed, evaluated: DecodedImages, directory: RunDirectory) -> None:
+        """Bring together what a run consists of.
+
+        Args:
+            trainer: what learns, and where it stands.
+            feed: its batches.
+            evaluated: images to evaluate on after each epoch.
+            directory: open.
+        """
+        self._trainer, self._feed, self._evaluated, self._directory = trainer, feed, evaluated, directory
+        self._reported = time.monotonic()
+
+    def run(self, limits: Limits) -> Evaluation:
+        """Train until the recipe's epochs, or the steps that are allowed, are done.
+
+        Args:
+            limits: when to stop, and when to save.
+
+        Returns:
+            How good the student is at the end.
+
+        Raises:
+            PipelineError: the loss is not finite, or memory ran out; the last checkpoint stands.
+            SystemExit: asked to stop, after a checkpoint.
+            KeyboardInterrupt: the same by Ctrl-C.
+        """
+        trainer = self._trainer
+        while True:
+            with StopRequest("a checkpoint", (signal.SIGINT, signal.SIGTERM)) as stop:
+                self._run_steps(limits, stop)
+                self._directory.save_checkpoint(trainer)
+                stop.obey()
+            last = trainer.progress.epoch >= trainer.recipe.epochs or trainer.progress.num_steps == limits.max_steps
+            evaluation = self._close_epoch(last)  # if stopped within, it is done again
+            if last:
+                return evaluation
+            trainer.begin_epoch()
+
+    def _run_steps(self, limits: Limits, stop: StopRequest) -> None:
+        """Go on with the epoch in hand, to its end or until there is a reason to stop."""
+        trainer, feed, progress = self._trainer, self._feed, self._trainer.progress
+        saved = time.monotonic()
+        if progress.num_steps == limits.max_steps:
+            return
+        with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
+            bar.advance(progress.epoch_images)
+            clock = _Clock(feed)
+            for batch in feed.epoch(progress.epoch, progress.steps_done):
+                trainer.step(batch, feed.num_steps)
+                bar.advance(len(batch.pixels))
+                if stop.requested or trainer.progress.num_steps == limits.max_steps:
+                    break
+                if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
+                    clock.note(trainer)
+                    self._directory.save_checkpoint(trainer)
+                    saved = time.monotonic()
+                    clock = _Clock(feed)
+            trainer.check_finite()  # waits for the device
+            clock.note(trainer)
+
+    def _close_epoch(self, last: bool) -> Evaluation:
+        """Evaluate and keep the student, and tell how the epoch went."""
+        trainer, compute, progress = self._trainer, self._trainer.compute, self._trainer.progress
+        rate = trainer.learning_rate(self._feed.num_steps)
+        means = trainer.finish_epoch()
+        evaluation = evaluate_student(
+            trainer.kept, self._evaluated, compute.device, compute.precision, trainer.recipe.batch_size
+        )
+        self._directory.save_student(trainer)
+        images_per_second = progress.epoch_images / max(progress.epoch_seconds, 1e-9)
+        self._directory.log_epoch(
+            {"epoch": progress.epoch, "step": progress.num_steps, "loss": means["loss"]}
+            | {f"loss_{name}": value for name, value in means.items() if name not in ("loss", "logit_scale")}
+            | {"logit_scale": means["logit_scale"], "learning_rate": rate}
+            | {"images_per_second": images_per_second, "seconds": progress.epoch_seconds}
+            | {"top1": evaluation.top1, "top5": evaluation.top5}
+        )
+        if last or time.monotonic() - self._reported >= _REPORT_SECONDS:
+            self._reported = time.monotonic()
+            LOGGER.info(
+                "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
+                *(progress.epoch, trainer.recipe.epochs, means["loss"], evaluation.top1),
+                *(images_per_second, duration(progress.epoch_seconds + evaluation.seconds)),
+            )
+        return evaluation
+
+
+class _Clock:
+    """Measures time of training, and how much of it went by waiting for batches."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed, self._start, self._fed = feed, time.monotonic(), feed.seconds
+
+    def note(self, trainer: Trainer) -> None:
+        """Add to the trainer's progress what went by since the start."""
+        progress = trainer.progress
+        seconds, fed = time.monotonic() - self._start, self._feed.seconds - self._fed
+        trainer.progress = replace(
+            progress,
+            epoch_seconds=progress.epoch_seconds + seconds,
+            seconds=progress.seconds + seconds,
+            feed_seconds=progress.feed_seconds + fed,
+        )
