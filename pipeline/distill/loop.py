@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.distill.attention import use_explicit_attention
+from pipeline.distill.attention import use_coarse_dropout, use_explicit_attention
 from pipeline.distill.config import Target
 from pipeline.distill.feed import step_seed
 from pipeline.distill.method import LOSSES, Batch, Method
@@ -79,6 +79,7 @@ class Trainer:
         """
         torch.manual_seed(compute.seed)
         with batch_must_fit(recipe.batch_size, "the student", smallest=2):
+            use_coarse_dropout(student.model, compute.device)
             self.method = Method(student, targets, target, recipe).to(compute.device)
             self.average = WeightAverage(self.method, recipe.average_decay) if recipe.average_decay else None
         self.recipe, self.compute = recipe, compute
@@ -86,7 +87,7 @@ class Trainer:
         self.progress = Progress()
         self._sums = torch.zeros(len(LOSSES), device=compute.device)
         self._unchecked: list[Tensor] = []
-        self._forward_backward = ForwardBackward(
+        self.forward_backward = ForwardBackward(
             self.method, compute.precision, compute.micro_batch, compiled=compute.compile
         )
 
@@ -119,7 +120,7 @@ class Trainer:
             batch_must_fit(recipe.batch_size, "training", smallest=2),
             use_explicit_attention(self.method.student.model, self.compute.device),
         ):
-            losses = self._forward_backward(batch)
+            losses = self.forward_backward(batch)
         self._unchecked.append(losses)
         if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:
             self.check_finite()

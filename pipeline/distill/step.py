@@ -22,13 +22,18 @@ class ForwardBackward:
             micro_batch: images in memory at once; none: the whole batch.
             compiled: use `torch.compile`; where it fails, say why and go on without.
         """
-        self._method, self._precision, self._micro_batch = method, precision, micro_batch
+        self._method, self.precision, self.micro_batch = method, precision, micro_batch
         self._compiled: Callable[..., Tensor] | None = None
         self._size = 0  # of the batches that were compiled for
         if compiled:
             # CUDA graphs: a small student's step is shorter than the launches of its kernels.
             mode = "reduce-overhead" if next(method.parameters()).device.type == "cuda" else None
             self._compiled = torch.compile(method, mode=mode, dynamic=False)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are, or will be, compiled."""
+        return self._compiled is not None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Add the gradients of a batch's loss to what the parameters have.
@@ -51,14 +56,14 @@ class ForwardBackward:
         for start, stop in self._parts(len(batch.pixels)):
             if batch.pixels.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with torch.autocast(batch.pixels.device.type, self._precision, enabled=self._precision != torch.float32):
+            with torch.autocast(batch.pixels.device.type, self.precision, enabled=self.precision != torch.float32):
                 part = method(batch, start, stop)
             part[0].backward()  # type: ignore[no-untyped-call]
             losses += part.detach()
         return losses
 
     def _parts(self, size: int) -> Iterator[tuple[int, int]]:
-        step = self._micro_batch or size
+        step = self.micro_batch or size
         starts = list(range(0, size, step))
         if len(starts) > 1 and size - starts[-1] == 1:
             starts.pop()  # one image has no batch statistics: it goes with those before it
