@@ -251,6 +251,9 @@ def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
     metavar="NAME",
     help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
 )
+@click.option(
+    "--evaluate-every", type=click.IntRange(min=1), default=1, help="epochs between evaluations; the last is always one"
+)
 @click.option("--out", required=True, type=_PATH, help="run directory to make")
 @click.option("--student", default="base", help="base, large, or any timm model")
 @click.option("--init", default="scratch", metavar="W", help="weights to begin with: scratch, pretrained, or a folder")

@@ -22,6 +22,7 @@ class DistillSettings(BaseModel):
     data: DataSettings
     out: Path
     eval_split: str | None = Field(default=None, description="none: the data's own, else 10 % held out")
+    evaluate_every: int = Field(default=1, ge=1, description="epochs between evaluations; the last is always evaluated")
     student: str = Field(default="base", min_length=1, description="base, large, or a timm model")
     init: str = Field(default="scratch", min_length=1, description="scratch, pretrained, or a folder of a timm model")
     image_size: int = Field(default=32, ge=1)

@@ -96,10 +96,6 @@ class Trainer:
         """The student that is evaluated and kept: of the average, where there is one."""
         return self.method.student if self.average is None else self.average.method.student
 
-    def learning_rate(self, steps_per_epoch: int) -> float:
-        """Return the learning rate of the next step."""
-        return learning_rate(self.recipe, self.progress.num_steps, steps_per_epoch)
-
     def step(self, batch: Batch, steps_per_epoch: int) -> None:
         """Learn from one batch.
 
@@ -112,7 +108,7 @@ class Trainer:
         """
         progress, recipe = self.progress, self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(steps_per_epoch)
+            group["lr"] = learning_rate(recipe, progress.num_steps, steps_per_epoch)
         torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done))
         self.method.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -143,7 +139,7 @@ class Trainer:
         for method in (self.method, *([] if self.average is None else [self.average.method])):
             method.classifier_from_prototypes()
         means = (self._sums / max(self.progress.epoch_images, 1)).tolist()
-        return dict(zip(LOSSES, means, strict=True)) | {"logit_scale": self.method.logit_scale_value}
+        return dict(zip(LOSSES, means, strict=True))
 
     def begin_epoch(self) -> None:
         """Go on to the next epoch."""

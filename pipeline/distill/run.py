@@ -15,7 +15,10 @@ from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory
 from store import Artifact, open_artifact
 
 # What may be another one when a run is gone on with; paths may differ where digests tell what they lead to.
-_UNSHARED = {"artifact", "out", "overwrite", "resume", "checkpoint_minutes", "max_steps", "device", "precision"}
+_UNSHARED = {
+    *("artifact", "out", "overwrite", "resume", "checkpoint_minutes", "evaluate_every", "max_steps", "device"),
+    "precision",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         trainer = prepared.trainer
         with directory.open(_record(settings, artifact, prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
-            evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes))
+            evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
             progress = trainer.progress
             outcome = DistillResult(
                 run_directory=directory.path,

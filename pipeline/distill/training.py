@@ -8,6 +8,7 @@ from pipeline.distill.evaluate import Evaluation, evaluate_student
 from pipeline.distill.feed import Feed
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.loop import Trainer
+from pipeline.distill.optimizer import learning_rate
 from pipeline.distill.record import RunDirectory
 from pipeline.progress import LOGGER, ProgressBar, duration
 from pipeline.stopping import StopRequest
@@ -17,10 +18,11 @@ _REPORT_SECONDS = 5.0  # between two lines of epochs that are shorter
 
 @dataclass(frozen=True)
 class Limits:
-    """When a run stops early, and how often it is saved in the midst of an epoch."""
+    """When a run stops early, how often it is saved in the midst of an epoch, and after how many epochs evaluated."""
 
     max_steps: int | None
     checkpoint_minutes: float
+    evaluate_every: int = 1
 
 
 class Training:
@@ -58,17 +60,20 @@ class Training:
                 self._run_steps(limits, stop)
                 self._directory.save_checkpoint(trainer)
                 stop.obey()
-            last = trainer.progress.epoch >= trainer.recipe.epochs or trainer.progress.num_steps == limits.max_steps
-            evaluation = self._close_epoch(last)  # if stopped within, it is done again
-            if last:
+            last = trainer.progress.epoch >= trainer.recipe.epochs or self._enough(limits)
+            evaluation = self._close_epoch(last or trainer.progress.epoch % limits.evaluate_every == 0)
+            if last and evaluation is not None:
                 return evaluation
             trainer.begin_epoch()
+
+    def _enough(self, limits: Limits) -> bool:
+        return limits.max_steps is not None and self._trainer.progress.num_steps >= limits.max_steps
 
     def _run_steps(self, limits: Limits, stop: StopRequest) -> None:
         """Go on with the epoch in hand, to its end or until there is a reason to stop."""
         trainer, feed, progress = self._trainer, self._feed, self._trainer.progress
         saved = time.monotonic()
-        if progress.num_steps == limits.max_steps:
+        if self._enough(limits):
             return
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
             bar.advance(progress.epoch_images)
@@ -76,7 +81,7 @@ class Training:
             for batch in feed.epoch(progress.epoch, progress.steps_done):
                 trainer.step(batch, feed.num_steps)
                 bar.advance(len(batch.pixels))
-                if stop.requested or trainer.progress.num_steps == limits.max_steps:
+                if stop.requested or self._enough(limits):
                     break
                 if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
                     clock.note(trainer)
@@ -86,30 +91,28 @@ class Training:
             trainer.check_finite()  # waits for the device
             clock.note(trainer)
 
-    def _close_epoch(self, last: bool) -> Evaluation:
-        """Evaluate and keep the student, and tell how the epoch went."""
+    def _close_epoch(self, evaluates: bool) -> Evaluation | None:
+        """Note how the epoch went; evaluate and keep the student. A run that is stopped here does it again."""
         trainer, compute, progress = self._trainer, self._trainer.compute, self._trainer.progress
-        rate = trainer.learning_rate(self._feed.num_steps)
-        means = trainer.finish_epoch()
-        evaluation = evaluate_student(
-            trainer.kept, self._evaluated, compute.device, compute.precision, trainer.recipe.batch_size
-        )
-        self._directory.save_student(trainer)
+        means, evaluation = trainer.finish_epoch(), None
         images_per_second = progress.epoch_images / max(progress.epoch_seconds, 1e-9)
-        self._directory.log_epoch(
-            {"epoch": progress.epoch, "step": progress.num_steps, "loss": means["loss"]}
-            | {f"loss_{name}": value for name, value in means.items() if name not in ("loss", "logit_scale")}
-            | {"logit_scale": means["logit_scale"], "learning_rate": rate}
-            | {"images_per_second": images_per_second, "seconds": progress.epoch_seconds}
-            | {"top1": evaluation.top1, "top5": evaluation.top5}
-        )
+        line = {"epoch": progress.epoch, "step": progress.num_steps, "loss": means["loss"]}
+        line |= {f"loss_{name}": value for name, value in means.items() if name != "loss"}
+        rate = learning_rate(trainer.recipe, max(progress.num_steps - 1, 0), self._feed.num_steps)
+        line |= {"logit_scale": trainer.method.logit_scale_value, "learning_rate": rate}
+        line |= {"images_per_second": images_per_second, "seconds": progress.epoch_seconds}
+        told = f"Epoch {progress.epoch} of {trainer.recipe.epochs}: loss {means['loss']:.4f}"
+        if evaluates:
+            size = trainer.recipe.batch_size
+            evaluation = evaluate_student(trainer.kept, self._evaluated, compute.device, compute.precision, size)
+            self._directory.save_student(trainer)
+            line |= {"top1": evaluation.top1, "top5": evaluation.top5}
+            told += f", top-1 {evaluation.top1:.2f} %"
+        self._directory.log_epoch(line)
+        last = progress.epoch == trainer.recipe.epochs
         if last or time.monotonic() - self._reported >= _REPORT_SECONDS:
             self._reported = time.monotonic()
-            LOGGER.info(
-                "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
-                *(progress.epoch, trainer.recipe.epochs, means["loss"], evaluation.top1),
-                *(images_per_second, duration(progress.epoch_seconds + evaluation.seconds)),
-            )
+            LOGGER.info("%s, %.0f images/s, %s.", told, images_per_second, duration(progress.epoch_seconds))
         return evaluation
 
 
