@@ -18,8 +18,8 @@ _MAX_CROP_ASPECT = 4 / 3
 _ERASED_AREA = (0.02, 0.33)
 _MAX_ERASED_ASPECT = 1 / 0.3
 _NUM_STRENGTHS = 31
-# Numbers that a sample draws: flip; shift; window; erasing, its box and colour. Each operation takes three more.
-_NUM_DRAWN = (1, 2, 4, 8)
+# Numbers that a sample draws: flip, shift and window; whether it is erased, box and colour; those of an operation.
+_NUM_OF_CROP, _NUM_OF_ERASING, _NUM_OF_OPERATION = 7, 8, 3
 
 Planes = UInt8[Tensor, "batch 3 height width"]
 
@@ -59,22 +59,22 @@ def augment(
         On the same device; plane by plane in memory, as a student takes them. The same draws give the same pixels
         for any number of threads, and on another kind of device but for rounding where pixels are interpolated.
     """
-    num_drawn = (*_NUM_DRAWN, 3 * settings.operations)
+    num_drawn = [_NUM_OF_CROP, _NUM_OF_ERASING, _NUM_OF_OPERATION * settings.operations]
     uniform = torch.rand(sum(num_drawn), len(pixels), dtype=torch.float64, generator=generator)
-    *crop, erasing, operations = uniform.split(num_drawn)
-    chosen, strengths = _operations(operations.unflatten(0, (settings.operations, 3)))
+    crop, erasing, operations = torch.split(uniform, num_drawn)
+    chosen, strengths = _operations(operations.view(settings.operations, _NUM_OF_OPERATION, len(pixels)))
     planes = pixels.permute(0, 3, 1, 2).contiguous()
     size = (planes.shape[2], planes.shape[3])
     if settings.resized_crop_min_area < 1 or settings.operations:
-        maps = _crops(torch.cat(crop), settings, size)
+        maps = _crops(crop, settings, size)
         for each, by in zip(chosen, strengths, strict=True):
             maps = maps @ operation_maps(each - OPERATIONS.index(GEOMETRY[0]), by, *size)
         planes = warp(planes, send(maps[:, :2].float(), planes.device))
     elif settings.random_crop_px:
-        rows, columns = whole_places(_crops(torch.cat(crop), settings, size), *size)
+        rows, columns = whole_places(_crops(crop, settings, size), *size)
         planes = shift(planes, send(rows, planes.device), send(columns, planes.device))
     elif settings.horizontal_flip:
-        planes = mirror(planes, send(crop[0][0] < settings.horizontal_flip, planes.device))
+        planes = mirror(planes, send(crop[0] < settings.horizontal_flip, planes.device))
     for each, by in zip(chosen, strengths, strict=True):
         order, counts = by_colour(each - OPERATIONS.index(COLOURS[0]))
         planes = change_colours(planes, send(order, planes.device), send(by[order].float(), planes.device), counts)

@@ -1,21 +1,20 @@
 """TrivialAugment's colour operations, one a sample, in the arithmetic of torchvision.
 
-Every step is an operation of its own on whole tensors, in whole numbers where sums are taken: so the pixels are
-the same on every device and for any number of threads.
+Products and sums are steps of their own, never fused, and sums of many pixels whole numbers: so the result is the
+same on every device and for any number of threads.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torchvision.transforms.v2.functional import autocontrast, equalize, rgb_to_grayscale
+from torchvision.transforms.v2.functional import autocontrast, equalize
 
 Planes = UInt8[Tensor, "batch 3 height width"]
 Strengths = Float[Tensor, "batch 1 1 1"]
 
-# TrivialAugment's wide space (arXiv 2103.10158, table 7): how far full strength goes.
+# How far full strength goes in TrivialAugment's wide space (arXiv 2103.10158), as torchvision 0.26 has it.
 _ENHANCE = 0.99
 _POSTERIZE_BITS = 6
 
@@ -47,21 +46,20 @@ def change_colours(
     Returns:
         New planes, in the order of the old ones.
     """
-    changing = order[counts[0] :]
-    groups = planes.index_select(0, changing).split(list(counts[1:]))
-    strengths_of = strengths[counts[0] :, None, None, None].split(list(counts[1:]))
-    changed = [apply(group, by) for apply, group, by in zip(_OPERATIONS.values(), groups, strengths_of, strict=True)]
-    return planes.index_copy(0, changing, torch.cat(changed))
+    kept, *groups = torch.split(planes.index_select(0, order), list(counts))
+    _, *by = torch.split(strengths[:, None, None, None], list(counts))
+    changed = [apply(group, each) for apply, group, each in zip(_OPERATIONS.values(), groups, by, strict=True)]
+    return torch.cat([kept, *changed]).index_select(0, order.argsort())
 
 
 def _blend(images: Tensor, origin: Tensor | float, strengths: Strengths) -> Planes:
-    # Away from `origin`, or towards it. Pillow and torchvision cut off what lies behind the point, too.
-    factors = 1 + _ENHANCE * strengths
-    return (images * factors + origin * (1 - factors)).clamp_(0, 255).to(torch.uint8)
+    # Away from `origin`, or towards it; what is there stays, to the last digit, since fractions are cut off.
+    return (images + _ENHANCE * strengths * (images - origin)).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(planes: Planes) -> Float[Tensor, "batch 1 height width"]:
-    return rgb_to_grayscale(planes.float()).floor_()  # type: ignore[no-any-return]
+    red, green, blue = (planes[:, channel, None] for channel in range(3))
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor_()
 
 
 def _autocontrast(planes: Planes, strengths: Strengths) -> Planes:
@@ -73,12 +71,14 @@ def _equalize(planes: Planes, strengths: Strengths) -> Planes:
 
 
 def _posterize(planes: Planes, strengths: Strengths) -> Planes:
-    dropped_bits = (strengths.abs() * _POSTERIZE_BITS).round()
-    return planes & (256 - dropped_bits.exp2()).to(torch.uint8)
+    dropped_bits = (strengths.abs() * _POSTERIZE_BITS).round().to(torch.uint8)
+    return planes >> dropped_bits << dropped_bits
 
 
 def _solarize(planes: Planes, strengths: Strengths) -> Planes:
-    return torch.where(planes >= 255 * (1 - strengths.abs()), 255 - planes, planes)
+    # Thresholds are whole or halves; a quarter below, rounding does not matter.
+    threshold = (255 * (1 - strengths.abs()) - 0.25).ceil().to(torch.uint8)
+    return planes ^ (planes >= threshold).to(torch.uint8).mul_(255)
 
 
 def _brightness(planes: Planes, strengths: Strengths) -> Planes:
@@ -99,11 +99,12 @@ def _sharpness(planes: Planes, strengths: Strengths) -> Planes:
     # Against the smoothing kernel (1 1 1, 1 5 1, 1 1 1) / 13; the outermost pixels stay.
     if min(planes.shape[2:]) < 3:
         return planes
-    inner = planes[:, :, 1:-1, 1:-1].float()
-    sums = F.avg_pool2d(planes.float(), kernel_size=3, stride=1, divisor_override=1)
-    smooth = ((sums + 4 * inner) / 13).round_()
+    deep = planes.to(torch.int16)
+    rows = deep[:, :, :-2] + deep[:, :, 1:-1] + deep[:, :, 2:]
+    inner = planes[:, :, 1:-1, 1:-1]
+    sums = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * deep[:, :, 1:-1, 1:-1]
     sharpened = planes.clone()
-    sharpened[:, :, 1:-1, 1:-1] = _blend(inner, smooth, strengths)
+    sharpened[:, :, 1:-1, 1:-1] = _blend(inner, (sums / 13).round_(), strengths)
     return sharpened
 
 

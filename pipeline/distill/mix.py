@@ -59,7 +59,7 @@ def mix(pixels: UInt8[Tensor, "batch height width 3"], settings: Augmentation, g
     share = weight / _WHOLE - areas / (height * width)
     tables = torch.stack([torch.where(mixed, partner, itself), weight, share, *boxes.T]).float()
     others, weight, share, *edges = send(tables, pixels.device)
-    own = torch.where(inside(torch.stack(edges, dim=1), height, width), 0, weight[:, None, None]).to(torch.int16)
+    own = weight.to(torch.int16)[:, None, None] * ~inside(torch.stack(edges, dim=1), height, width)
     partner = others.long()
     return Mixed(_blend(pixels, partner, own), partner, share)
 

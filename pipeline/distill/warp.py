@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-# TrivialAugment's wide space (arXiv 2103.10158, table 7): how far full strength goes.
+# How far full strength goes in TrivialAugment's wide space (arXiv 2103.10158), as torchvision 0.26 has it.
 GEOMETRY = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _SHEAR = 0.99
 _TRANSLATE_PX = 32
@@ -49,19 +49,20 @@ def crop_maps(
     """Return the maps that cut out boxes and stretch them to the image's size.
 
     Args:
-        boxes: left, top, right and bottom in shares of the image's sides.
-        shifts: by how many pixels the window moves, across and down.
+        boxes: left, top, right and bottom, 0 to 1 from the centre of the first pixel to that of the last, so that no
+            pixel is read half beyond the edge; a mirrored box (left and right exchanged) mirrors its image.
+        shifts: by how many pixels the box moves, across and down.
         height: of the images, in pixels.
         width: of the images, in pixels.
 
     Returns:
-        float64; a mirrored box (right before left) mirrors its image.
+        float64.
     """
-    sides = torch.tensor([width, height], dtype=torch.float64)
+    steps = torch.tensor([width - 1, height - 1], dtype=torch.float64)
     start, end = boxes[:, :2], boxes[:, 2:]
     maps = torch.zeros(len(boxes), 3, 3, dtype=torch.float64)
-    maps[:, [0, 1], [0, 1]] = end - start
-    maps[:, :2, 2] = ((start + end) / 2 - 0.5) * sides + shifts
+    maps[:, :2, :2] = torch.diag_embed(end - start)
+    maps[:, :2, 2] = ((start + end) / 2 - 0.5) * steps + shifts
     maps[:, 2, 2] = 1
     return maps
 
@@ -125,10 +126,9 @@ def shift(
     Returns:
         New planes.
     """
-    batch_size, _, height, width = planes.shape
     framed = F.pad(planes, (1, 0, 1, 0))
-    chosen = framed.gather(2, rows[:, None, :, None].expand(batch_size, 3, height, width + 1))
-    return chosen.gather(3, columns[:, None, None, :].expand(batch_size, 3, height, width))
+    places = (rows[:, :, None] * framed.shape[3] + columns[:, None, :]).flatten(1)
+    return framed.flatten(2).gather(2, places[:, None].expand(-1, 3, -1)).view(planes.shape)
 
 
 def mirror(
