@@ -267,7 +267,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path: the file.
         content: all of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
