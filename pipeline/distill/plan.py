@@ -72,7 +72,9 @@ class Plan:
     def rows(self) -> list[tuple[str, str]]:
         """Return everything in words, with a label each."""
         cut = f" by {self.micro_batch}" if self.micro_batch < self.batch_size else ""
-        step = f"{1000 * self.step_seconds:,.1f} ms for {self.batch_size} images{cut}, in {self.precision} on {self.device}"
+        step = (
+            f"{1000 * self.step_seconds:,.1f} ms for {self.batch_size} images{cut}, {self.precision} on {self.device}"
+        )
         around = duration(self.evaluation_seconds + self.saving_seconds)
         epoch = (
             f"{duration(self.epoch_seconds)} for {self.images_per_epoch:,} images, {around} of it to evaluate and save"

@@ -13,7 +13,7 @@ from pipeline.distill.initial import initialise
 from pipeline.distill.join_report import JoinReport, report_join
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe
-from pipeline.distill.student import Student, build_student, student_config
+from pipeline.distill.student import build_student, student_config
 from pipeline.distill.targets import class_rows, join, verify_for
 from pipeline.errors import PipelineError
 from pipeline.progress import LOGGER
