@@ -21,7 +21,7 @@ from jaxtyping import install_import_hook
 from PIL import Image
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-TYPED = ("losses", "student", "targets", "loop", "evaluate", "predict")
+TYPED = ("losses", "method", "feed", "student", "targets", "loop", "evaluate", "predict")
 install_import_hook([f"pipeline.distill.{name}" for name in TYPED], "beartype.beartype")
 install_import_hook("pipeline.extract.teacher", "beartype.beartype")
 

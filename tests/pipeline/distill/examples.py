@@ -159,7 +159,8 @@ def join_example(
 ) -> Targets:
     """Join images to an artifact that lacks the samples of some of them; everything is joined that a loss may need."""
     pairs = [pair for row, pair in enumerate(pairs_in(images)) if row not in without] or [(bytes(16), "ant")]
-    path = write_example(folder / "a.safetensors", ("dog", "cat", "ant", "bee"), pairs, extras)
+    path = folder / f"{sum(1 for _ in folder.iterdir())}.safetensors"  # a targets' artifact stays open
+    write_example(path, ("dog", "cat", "ant", "bee"), pairs, extras)
     with store.open_artifact(path) as artifact:
         return join(artifact, images, class_rows(artifact, CLASS_NAMES, True, by_index=False), "both", recipe)
 
