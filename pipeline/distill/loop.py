@@ -86,9 +86,8 @@ class Trainer:
         self.progress = Progress()
         self._sums = torch.zeros(len(LOSSES), device=compute.device)
         self._unchecked: list[Tensor] = []
-        self._forward_backward = ForwardBackward(
-            self.method, compute.precision, compute.micro_batch, compiled=compute.compile
-        )
+        compiled_size = recipe.batch_size if compute.compile else None
+        self._forward_backward = ForwardBackward(self.method, compute.precision, compute.micro_batch, compiled_size)
 
     @property
     def kept(self) -> Student:
