@@ -186,9 +186,12 @@ class Trainer:
         Raises:
             ValueError: the tensors are of another student, or recipe.
         """
-        for parameter in self.method.parameters():
-            state = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            self.optimizer.state[parameter] = {kind: torch.zeros_like(tensor) for kind, tensor in state.items()}
+        self.optimizer.state.clear()
+        for name, parameter in self.method.named_parameters():
+            if f"optimizer.step.{name}" in tensors:  # else no loss has reached it
+                step = torch.zeros((), device=parameter.device)  # fused AdamW wants it there
+                moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": step, **moments}
         mine = self.tensors()
         for name in mine.keys() | tensors.keys():
             if name not in mine or name not in tensors:
