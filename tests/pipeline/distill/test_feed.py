@@ -28,13 +28,13 @@ from tests.pipeline.distill.examples import (
     pairs_in,
 )
 
+
+def augmented(**fields: float) -> dict[str, Any]:
+    return {f"augmentation.{name}": value for name, value in fields.items()}
+
+
 EVERYTHING_ON = {
-    "augmentation.horizontal_flip": 0.5,
-    "augmentation.random_crop_px": 2,
-    "augmentation.operations": 1,
-    "augmentation.random_erasing": 0.5,
-    "augmentation.mixup_alpha": 1.0,
-    "augmentation.cutmix_alpha": 1.0,
+    **augmented(horizontal_flip=0.5, random_crop_px=2, operations=1, random_erasing=0.5, mixup_alpha=1, cutmix_alpha=1),
     "soft_label_weight": 1.0,
     "centre": True,
 }
@@ -157,7 +157,7 @@ def test_a_batch_is_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
 
 def test_every_step_has_randomness_of_its_own(tmp_path: Path) -> None:
     images = images_of(np.repeat(noise_images(1, 0).pixels, 12, axis=0), [0] * 12)
-    feed = make_feed(images, tmp_path, batch_size=6, **{"augmentation.operations": 2})
+    feed = make_feed(images, tmp_path, batch_size=6, **augmented(operations=2))
     batches = [batch.pixels for epoch in (1, 2) for batch in feed.epoch(epoch)]
     assert len({batch.numpy().tobytes() for batch in batches}) == 4
 
@@ -242,8 +242,7 @@ def test_a_copy_that_is_not_joined_is_nobodys_positive(tmp_path: Path) -> None:
 
 def test_pixels_and_embeddings_are_of_the_same_view(tmp_path: Path) -> None:
     images = noise_images(8, 0, num_views=3)
-    fields = {"replay_views": True, "augmentation.horizontal_flip": 1.0, "augmentation.operations": 2}
-    feed = make_feed(images, tmp_path, batch_size=4, **fields)
+    feed = make_feed(images, tmp_path, batch_size=4, replay_views=True, **augmented(horizontal_flip=1, operations=2))
     drawn = []
     for epoch in range(1, 5):
         for batch in feed.epoch(epoch):
@@ -257,7 +256,7 @@ def test_pixels_and_embeddings_are_of_the_same_view(tmp_path: Path) -> None:
 
 def test_without_replay_the_clean_view_is_shown_and_augmented(tmp_path: Path) -> None:
     images = noise_images(8, 0, num_views=3)
-    (batch,) = make_feed(images, tmp_path, batch_size=8, **{"augmentation.horizontal_flip": 1.0}).epoch(1)
+    (batch,) = make_feed(images, tmp_path, batch_size=8, **augmented(horizontal_flip=1)).epoch(1)
     mirrored = images_of(images.pixels[:, :, :, ::-1].copy(), images.labels.tolist())
     rows = rows_of(batch, mirrored)
     assert {view for _, view in rows} == {0}
@@ -266,9 +265,8 @@ def test_without_replay_the_clean_view_is_shown_and_augmented(tmp_path: Path) ->
 
 def test_views_are_mixed_and_erased_as_images_are(tmp_path: Path) -> None:
     images = noise_images(8, 0, num_views=2)
-    on = {"replay_views": True, "augmentation.random_erasing": 1.0, "augmentation.mixup_alpha": 1.0}
-    feed = make_feed(images, tmp_path, batch_size=8, **on)
-    (batch,) = feed.epoch(1)
+    on = augmented(random_erasing=1, mixup_alpha=1)
+    (batch,) = make_feed(images, tmp_path, batch_size=8, replay_views=True, **on).epoch(1)
     assert (batch.class_targets.max(dim=1).values < 1).any()
     plain = make_feed(images, tmp_path, batch_size=8, replay_views=True)
     (unchanged,) = plain.epoch(1)
@@ -316,7 +314,7 @@ def test_what_is_mixed_into_the_pixels_is_in_the_class_targets(kind: str, tmp_pa
         pixels[row, ..., row % 3] = 255
         pixels[row, 0, 0, 0, row % 3] -= row + 1  # so that no two are equal
     images = images_of(pixels, [row % 3 for row in range(12)])
-    (batch,) = make_feed(images, tmp_path, batch_size=12, **{f"augmentation.{kind}": 1.0}).epoch(1)
+    (batch,) = make_feed(images, tmp_path, batch_size=12, **augmented(**{kind: 1})).epoch(1)
     colours = batch.pixels.float().mean(dim=(1, 2)) / 255
     assert torch.allclose(batch.class_targets, colours, atol=0.01)
     assert (batch.class_targets.max(dim=1).values < 0.9).any()

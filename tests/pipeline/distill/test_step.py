@@ -24,14 +24,16 @@ def make(folder: Path, name: str = "test_vit", image_size: int = 16, dropout: fl
     targets = join_example(images, folder, recipe)
     student = make_student(name, image_size)
     if dropout:
-        student.model.head_drop = nn.Dropout(dropout)  # type: ignore[assignment]
+        student.model.head_drop = nn.Dropout(dropout)
     torch.manual_seed(1)
     method = Method(student, targets, "both", recipe).train()
     return method, list(Feed(images, targets, recipe, CPU, 0).epoch(1))
 
 
 def gradients(method: Method) -> dict[str, Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in method.named_parameters() if parameter.grad is not None}
+    found = {
+        name: parameter.grad.clone() for name, parameter in method.named_parameters() if parameter.grad is not None
+    }
     method.zero_grad(set_to_none=True)
     return found
 
@@ -66,7 +68,12 @@ def test_a_batch_is_cut_into_parts_of_which_none_is_one_image(tmp_path: Path) ->
 
 @pytest.mark.parametrize("micro_batch", [2, 3, 7])
 def test_parts_add_up_to_the_batchs_losses_and_gradients(micro_batch: int, tmp_path: Path) -> None:
-    fields = {"cosine_weight": 0.5, "soft_label_weight": 0.5, "direction_weight": 0.3, "text_weight": 0.2}
+    fields: dict[str, Any] = {
+        "cosine_weight": 0.5,
+        "soft_label_weight": 0.5,
+        "direction_weight": 0.3,
+        "text_weight": 0.2,
+    }
     method, (batch, short) = make(tmp_path, **fields)
     for each in (batch, short):
         whole = ForwardBackward(method, FLOAT, None)(each)
