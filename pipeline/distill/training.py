@@ -22,6 +22,10 @@ class Limits:
     max_steps: int | None
     checkpoint_minutes: float
 
+    def reached(self, trainer: Trainer) -> bool:
+        """Tell whether the steps that are allowed are done: by a run before, it may be more of them."""
+        return self.max_steps is not None and trainer.progress.num_steps >= self.max_steps
+
 
 class Training:
     """One run, from where its trainer stands to its end."""
@@ -58,7 +62,7 @@ class Training:
                 self._run_steps(limits, stop)
                 self._directory.save_checkpoint(trainer)
                 stop.obey()
-            last = trainer.progress.epoch >= trainer.recipe.epochs or trainer.progress.num_steps == limits.max_steps
+            last = trainer.progress.epoch >= trainer.recipe.epochs or limits.reached(trainer)
             evaluation = self._close_epoch(last)  # if stopped within, it is done again
             if last:
                 return evaluation
@@ -68,7 +72,7 @@ class Training:
         """Go on with the epoch in hand, to its end or until there is a reason to stop."""
         trainer, feed, progress = self._trainer, self._feed, self._trainer.progress
         saved = time.monotonic()
-        if progress.num_steps == limits.max_steps:
+        if limits.reached(trainer):
             return
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
             bar.advance(progress.epoch_images)
@@ -76,7 +80,7 @@ class Training:
             for batch in feed.epoch(progress.epoch, progress.steps_done):
                 trainer.step(batch, feed.num_steps)
                 bar.advance(len(batch.pixels))
-                if stop.requested or trainer.progress.num_steps == limits.max_steps:
+                if stop.requested or limits.reached(trainer):
                     break
                 if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
                     clock.note(trainer)

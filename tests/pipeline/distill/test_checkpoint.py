@@ -5,7 +5,6 @@ import math
 import os
 import resource
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ from pipeline.distill.feed import Feed
 from pipeline.distill.loop import Trainer
 from pipeline.errors import PipelineError
 from tests.pipeline.distill.examples import CPU, file_names, join_example, make_recipe, make_trainer, noise_images
+from tests.pipeline.distill.killing import kill_before, killed
 
 Made = tuple[Trainer, Feed]
 Make = Callable[..., Made]
@@ -239,33 +239,11 @@ def test_a_write_that_stops_leaves_nothing_of_its_own(
 # Killed
 
 
-def kill_before(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process be killed before one of the calls that change a disk; call 0 is the first."""
-    left = iter(range(call, -1, -1))
-
-    def counting(function: Any) -> Any:
-        def counted(*arguments: Any, **options: Any) -> Any:
-            if next(left, 0) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return counted
-
-    monkeypatch.setattr(module, "save_file", counting(save_file))
-    for holder, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "rename"), (os, "fsync"), (shutil, "rmtree")):
-        monkeypatch.setattr(holder, name, counting(getattr(holder, name)))
-
-
-def killed(action: Callable[[], object]) -> bool:
-    """Run something in a copy of this process; tell whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+# All that change a disk.
+CALLS = (
+    *((Path, name) for name in ("mkdir", "write_text", "rename")),
+    *((module, "save_file"), (os, "fsync"), (shutil, "rmtree")),
+)
 
 
 def test_a_run_killed_at_any_point_of_writing_goes_on_from_a_whole_checkpoint(
@@ -283,7 +261,7 @@ def test_a_run_killed_at_any_point_of_writing_goes_on_from_a_whole_checkpoint(
         shutil.copytree(checkpoints.folder, folder)
 
         def save(call: int = call, folder: Path = folder) -> None:
-            kill_before(call, monkeypatch)
+            kill_before(call, CALLS, monkeypatch)
             Checkpoints(folder).save(made[0])
 
         dead = killed(save)
