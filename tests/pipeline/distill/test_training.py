@@ -50,6 +50,7 @@ class Setup:
     name: str = "test_resnet"
     dropout: float = 0.0
     micro_batch: int | None = None
+    compiled: bool = False
     fields: tuple[tuple[str, Any], ...] = ()
 
     def make(self, folder: Path) -> tuple[Trainer, Feed]:
@@ -60,7 +61,7 @@ class Setup:
         model = make_student(self.name, size)
         if self.dropout:
             model.model.head_drop = nn.Dropout(self.dropout)
-        compute = Compute(CPU, torch.float32, 0, self.micro_batch)
+        compute = Compute(CPU, torch.float32, 0, self.micro_batch, self.compiled)
         return make_trainer(targets, recipe, self.target, model, compute), Feed(images, targets, recipe, CPU, 0)
 
 
@@ -291,6 +292,22 @@ def test_fewer_steps_than_are_done_are_no_more_steps(max_steps: int, tmp_path: P
     before = read(tmp_path / "run")
     place.train(resume=True, max_steps=max_steps)
     assert read(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [2, 4])  # the next batch is the short one, and a whole one
+def test_a_compiled_run_goes_on_exactly(
+    max_steps: int, tmp_path: Path, unbroken: Unbroken, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "clip_embed_kd")
+    fields = (("learn_logit_scale", True), ("average_decay", 0.9), ("augmentation.mixup_alpha", 1.0))
+    setup = Setup(name="test_vit", target="both", dropout=0.3, compiled=True, fields=fields)
+    place = Place(setup, tmp_path)
+    place.train(max_steps=max_steps)
+    place.train(resume=True)
+    assert "Compiling the step, which takes a minute or so." in caplog.messages
+    assert not any(message.startswith("The step is not compiled") for message in caplog.messages)
+    assert read(tmp_path / "run") == unbroken(setup)
 
 
 # Stopped by a signal
