@@ -141,14 +141,14 @@ class RunDirectory:
             LOGGER.info("The run was begun with other software or on another machine: its last bits may differ.")
         self._checkpoints.restore(trainer)
         self._cut_metrics(trainer.progress.epoch)
-        self._open_scalars(purge_step=trainer.progress.num_steps + 1)
+        self._open_scalars(purge_step=trainer.progress.num_steps)
         LOGGER.info("Going on after step %s, in epoch %d.", f"{trainer.progress.num_steps:,}", trainer.progress.epoch)
 
     def _cut_metrics(self, epoch: int) -> None:
         """Leave out what a stopped part of the run noted after its last checkpoint, and half a line."""
         path, kept = self.path / "metrics.jsonl", []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-            with suppress(ValueError, LookupError, TypeError):
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
                 if json.loads(line)["epoch"] < epoch:
                     kept.append(line + "\n")
         write_atomically(path, "".join(kept).encode())
