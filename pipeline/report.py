@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.output import check_output
 
 THUMBNAIL_PX = 96
+_NAME_LENGTH = 60
 _PIXELATED_PX = 48  # images no larger are magnified, and then show their pixels sharp
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"<?xml": "image/svg+xml", b"<svg": "image/svg+xml"}
@@ -159,6 +160,12 @@ def escaped(text: str) -> str:
     Python writes them, e.g. `\u202e`, and lone surrogates, which no file can hold, too.
     """
     return html.escape("".join(repr(each)[1:-1] if _is_unruly(each) else each for each in text))
+
+
+def short_name(name: str) -> str:
+    """Return what a page shows of a name of any origin: its first 60 characters."""
+    name = name.strip() or "(no name)"
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
 
 def _is_unruly(character: str) -> bool:
