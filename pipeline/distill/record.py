@@ -139,7 +139,8 @@ class RunDirectory:
             LOGGER.info("The run was begun with other software or on another machine: its last bits may differ.")
         self._checkpoints.restore(trainer)
         self._cut_metrics(trainer.progress.epoch)
-        self._open_scalars(purge_step=trainer.progress.num_steps + 1)
+        # The epoch that ends here, or went on from here, may be noted at this very step: it is noted again.
+        self._open_scalars(purge_step=trainer.progress.num_steps)
         LOGGER.info("Going on after step %s, in epoch %d.", f"{trainer.progress.num_steps:,}", trainer.progress.epoch)
 
     def _cut_metrics(self, epoch: int) -> None:
