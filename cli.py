@@ -312,6 +312,7 @@ def distill(as_json: bool, **options: Any) -> None:
             "seconds": result.seconds,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report": None if result.report is None else str(result.report),
         },
         [
             ("student", f"{result.run_directory / 'student'}, {result.num_parameters:,} parameters"),
@@ -323,6 +324,7 @@ def distill(as_json: bool, **options: Any) -> None:
             ),
             ("time", f"{duration(result.seconds)} in all"),
             *_memory_rows(result.memory),
+            *([] if result.report is None else [("report", str(result.report))]),
         ],
     )
 

@@ -5,6 +5,7 @@
     RUN/metrics.jsonl     one JSON object an epoch
     RUN/tensorboard/      the same as scalars
     RUN/run.json          settings, versions, artifact digest, results
+    RUN/report.html       all of it to look at, of a run that came to its end
 
 It appears with the first checkpoint or student, so that there is no run directory with nothing to go on from.
 """
@@ -116,10 +117,14 @@ class RunDirectory:
         self._checkpoints.save(trainer)
         self._publish()
 
+    def note(self, parts: Mapping[str, Any]) -> None:
+        """Add parts to the record."""
+        self._record |= parts
+        self._write_record()
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Record the results and that the run came to its end."""
-        self._record |= {"status": "finished", "result": dict(result)}
-        self._write_record()
+        self.note({"status": "finished", "result": dict(result)})
 
     def _resume(self, trainer: Trainer) -> None:
         try:

@@ -1,6 +1,6 @@
 import math
 import re
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -11,8 +11,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 PLAIN = Curve("top-1", [(1, 10.0), (2, 30.0), (3, 40.0)])
 
 
-def parsed(*curves: Curve) -> ElementTree.Element:
-    return ElementTree.fromstring(draw_curves("a title", curves).decode())
+def parsed(*curves: Curve) -> ET.Element:
+    return ET.fromstring(draw_curves("a title", curves).decode())
 
 
 def ticks(*curves: Curve) -> tuple[list[str], list[str]]:
@@ -95,7 +95,7 @@ def test_curves_differ_in_colour_and_dashes_and_are_named() -> None:
 
 def test_a_picture_says_what_it_is_and_loads_nothing() -> None:
     picture = draw_curves('Loss "of" <a> & b', [PLAIN])
-    assert ElementTree.fromstring(picture.decode()).get("aria-label") == 'Loss "of" <a> & b'
+    assert ET.fromstring(picture.decode()).get("aria-label") == 'Loss "of" <a> & b'
     assert re.findall(rb"(?:href|src|url|@import|script)", picture) == []
     assert picture == draw_curves('Loss "of" <a> & b', [PLAIN])
     assert "data:image/svg+xml;base64," in render_report("t", [Figure(picture, "c")], ())
