@@ -1,6 +1,6 @@
-"""Curves as a small SVG: axes with round numbers, lines, a legend; no plotting library is needed.
+"""Curves as a small SVG, for light and dark screens: axes with round numbers, lines, a legend.
 
-Drawn for light and dark screens. No clock and no random ids: the same curves give the same bytes.
+No plotting library is needed. No clock and no random ids: the same curves give the same bytes.
 """
 
 import html
@@ -22,13 +22,11 @@ svg {{ --paper: #fff; --ink: #24292f; --quiet: #656d76; --line: #e3e7eb; {light}
 @media screen and (prefers-color-scheme: dark) {{
 svg {{ --paper: #15181c; --ink: #dce1e6; --quiet: #929ba5; --line: #2f353c; {dark} }}
 }}
-text {{ font: 12px system-ui, sans-serif; fill: var(--quiet); }}
-.name {{ fill: var(--ink); }}
+text {{ font: 12px system-ui, sans-serif; fill: var(--quiet); }} .name {{ fill: var(--ink); }}
 .grid {{ stroke: var(--line); }}
 polyline, .sample {{ fill: none; stroke-width: 2; stroke-linejoin: round; }}
 </style>
-<rect width="{width}" height="{height}" fill="var(--paper)"/>
-{body}
+<rect width="{width}" height="{height}" fill="var(--paper)"/>{body}
 </svg>
 """
 
@@ -77,11 +75,10 @@ def draw_curves(title: str, curves: Sequence[Curve]) -> bytes:
     if not points or not all(abs(value) <= 1e30 for _, value in points):  # NaN is not below
         raise ValueError("expected at least one point, and values within ±1e30")
     across, up = _across([epoch for epoch, _ in points]), _up([value for _, value in points])
-    body = [*_frame(across, up), *_legend(curves)]
-    body += [_line(place, curve, across, up) for place, curve in enumerate(curves)]
+    body = [*_frame(across, up), *_legend(curves), *(_line(*each, across, up) for each in enumerate(curves))]
     light, dark = (" ".join(f"--c{place}: {each};" for place, each in enumerate(of)) for of in (_LIGHT, _DARK))
-    sizes = {"width": _WIDTH, "height": _HEIGHT, "title": html.escape(title)}
-    return _PICTURE.format(**sizes, light=light, dark=dark, body="\n".join(body)).encode()
+    values = {"width": _WIDTH, "height": _HEIGHT, "title": html.escape(title), "body": "\n".join(body)}
+    return _PICTURE.format(**values, light=light, dark=dark).encode()
 
 
 def _across(epochs: Sequence[int]) -> _Axis:
@@ -113,11 +110,11 @@ def _frame(across: _Axis, up: _Axis) -> list[str]:
     for value in up.ticks():
         y = up.place(value)
         parts.append(f'<path class="grid" d="M{_LEFT} {y}H{_RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_number(value)}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y}" dy="4" text-anchor="end">{_number(value, up.step)}</text>')
     for value in across.ticks():
-        parts.append(f'<text x="{across.place(value)}" y="{_BOTTOM + 19}" text-anchor="middle">{_number(value)}</text>')
-    middle = (_LEFT + _RIGHT) // 2
-    return [*parts, f'<text x="{middle}" y="{_BOTTOM + 37}" text-anchor="middle">epoch</text>']
+        start = f'<text x="{across.place(value)}" y="{_BOTTOM + 19}" text-anchor="middle">'
+        parts.append(f"{start}{_number(value, across.step)}</text>")
+    return [*parts, f'<text x="{(_LEFT + _RIGHT) // 2}" y="{_BOTTOM + 37}" text-anchor="middle">epoch</text>']
 
 
 def _legend(curves: Sequence[Curve]) -> list[str]:
@@ -145,6 +142,9 @@ def _colour(place: int) -> str:
     return f"var(--c{place % len(_LIGHT)})"
 
 
-def _number(value: float) -> str:
-    text = f"{value:.1e}".replace(".0e", "e") if 0 < abs(value) < 1e-3 else f"{value:,.7g}"
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
+def _number(value: float, step: float) -> str:
+    text = f"{value:,.7g}"
+    if value and (step < 1e-3 or abs(value) >= 1e7):
+        digits, power = f"{value:.3e}".split("e")
+        text = f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", "−")

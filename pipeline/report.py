@@ -213,7 +213,7 @@ def _cell(cell: Cell) -> str:
         return f'<td class="bar">{_bar(cell)}<span>{escaped(cell.text)}</span></td>'
     if isinstance(cell, int):
         return f"<td{_NUMBER}>{cell:,}</td>"
-    return f"<td><bdi>{escaped(cell)}</bdi></td>"
+    return f"<td><bdi>{_prose(cell)}</bdi></td>"
 
 
 def _bar(bar: Bar) -> str:

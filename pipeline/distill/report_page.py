@@ -109,7 +109,8 @@ def _lead(run: FinishedRun) -> Iterator[_Row]:
             f"{percent(result.feed_share)} of the time waiting for data"
         ),
     )
-    yield "time", f"{duration(result.train_seconds)} of training; {duration(result.seconds)} in all"
+    took = f"the command that ended it took {duration(result.seconds)}"  # a run may have had several
+    yield "time", f"{duration(result.train_seconds)} of training; {took}"
     device_bytes = result.memory.device_bytes
     on_device = f", {size(device_bytes)} on the GPU" if device_bytes else ""
     yield "memory", f"{size(result.memory.resident_bytes)} at the peak, libraries included{on_device}"
