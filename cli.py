@@ -327,6 +327,7 @@ def distill(as_json: bool, **options: Any) -> None:
             "seconds": result.seconds,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report": None if result.report is None else str(result.report),
         },
         [
             ("student", f"{result.run_directory / 'student'}, {result.num_parameters:,} parameters"),
@@ -338,6 +339,7 @@ def distill(as_json: bool, **options: Any) -> None:
             ),
             ("time", f"{duration(result.seconds)} in all"),
             *_memory_rows(result.memory),
+            *([] if result.report is None else [("report", str(result.report))]),
         ],
     )
 

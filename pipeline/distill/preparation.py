@@ -14,7 +14,7 @@ from pipeline.distill.join_report import JoinReport, report_join
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe
 from pipeline.distill.student import build_student, student_config
-from pipeline.distill.targets import class_rows, join, verify_for
+from pipeline.distill.targets import Targets, class_rows, join, verify_for
 from pipeline.errors import PipelineError
 from pipeline.progress import LOGGER
 from pipeline.runtime import resolve_device, resolve_precision
@@ -36,6 +36,7 @@ class Prepared:
 
     data: Labelled
     images: Images
+    targets: Targets
     join_report: JoinReport
     trainer: Trainer
     feed: Feed
@@ -84,7 +85,7 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     LOGGER.info("%s images to evaluate on: %s.", f"{len(images.evaluation):,}", images.evaluation_name)
     trainer = Trainer(student, targets, settings.target, recipe, compute)
     feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
-    return Prepared(data, images, report, trainer, feed)
+    return Prepared(data, images, targets, report, trainer, feed)
 
 
 def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
