@@ -119,28 +119,30 @@ def _lead(run: FinishedRun) -> Iterator[_Row]:
 def _curves(run: FinishedRun) -> Iterator[Block]:
     losses = {key: name for key, name in _LOSSES.items() if any(line.get(key) for line in run.epochs)}
     explained = "The parts are drawn as they are, before their weights"
-    yield _figure(run, losses or {"loss": "total"}, f"Losses, means over the images of an epoch. {explained}.")
-    yield _figure(
+    yield from _figure(run, losses or {"loss": "total"}, f"Losses, means over the images of an epoch. {explained}.")
+    yield from _figure(
         run, {"top1": "top-1", "top5": "top-5"}, "Accuracy on the evaluation images after each epoch, in percent."
     )
-    yield _figure(run, {"learning_rate": "learning rate"}, "Learning rate at the end of each epoch.")
+    yield from _figure(run, {"learning_rate": "learning rate"}, "Learning rate at the end of each epoch.")
     if run.recipe.get("learn_logit_scale"):
-        yield _figure(run, {"logit_scale": "κ"}, "Logit scale κ at the end of each epoch.")
+        yield from _figure(run, {"logit_scale": "κ"}, "Logit scale κ at the end of each epoch.")
 
 
-def _figure(run: FinishedRun, names: Mapping[str, str], caption: str) -> Figure:
+def _figure(run: FinishedRun, names: Mapping[str, str], caption: str) -> Iterator[Figure]:
     curves = [
         Curve(name, [(int(line.get("epoch", 0)), line[key]) for line in run.epochs if key in line])
         for key, name in names.items()
         if any(key in line for line in run.epochs)
     ]
+    if not curves:
+        return
     # In words too, for those who cannot see it.
-    if len(run.epochs) == 1:
+    if max(len(each.points) for each in curves) == 1:
         words = "After the only one: " + ", ".join(f"{each.name} {each.points[0][1]:.3g}" for each in curves)
     else:
         ends = [f"{each.name} {each.points[0][1]:.3g} to {each.points[-1][1]:.3g}" for each in curves]
         words = "From the first to the last: " + ", ".join(ends)
-    return Figure(draw_curves(caption, curves), f"{caption} {words}.")
+    yield Figure(draw_curves(caption, curves), f"{caption} {words}.")
 
 
 def _worst(run: FinishedRun) -> Iterator[Block]:
