@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from pipeline.data import Labelled, evaluation_split, load_labelled
 from pipeline.distill.config import DistillSettings
@@ -13,7 +14,7 @@ from pipeline.distill.initial import initialise
 from pipeline.distill.join_report import JoinReport, report_join
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe
-from pipeline.distill.student import build_student, student_config
+from pipeline.distill.student import Student, build_student, student_config
 from pipeline.distill.targets import Targets, class_rows, join, verify_for
 from pipeline.errors import PipelineError
 from pipeline.progress import LOGGER
@@ -83,6 +84,7 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     for line in report.lines():
         LOGGER.info("%s", line)
     LOGGER.info("%s images to evaluate on: %s.", f"{len(images.evaluation):,}", images.evaluation_name)
+    compute = replace(compute, precision=_trusted_precision(compute, settings, student))
     trainer = Trainer(student, targets, settings.target, recipe, compute)
     feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
     return Prepared(data, images, targets, report, trainer, feed)
@@ -114,3 +116,17 @@ def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | No
             "to evaluate on; at least 2 and 1 are needed."
         )
     return images
+
+
+def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:
+    """Take float32 for convolutions on a CPU, unless bfloat16 was asked for.
+
+    In bfloat16 the weight gradients of some of them (3×3 on 1×1 pixels, for one) read memory that nobody has
+    written: seen in PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
+    """
+    overlap = any(
+        isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
+        for layer in student.model.modules()
+    )
+    chosen = compute.device.type == "cpu" and settings.precision == "auto" and overlap
+    return torch.float32 if chosen else compute.precision
