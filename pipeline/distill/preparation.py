@@ -17,6 +17,7 @@ from pipeline.distill.recipe import Recipe
 from pipeline.distill.student import Student, build_student, student_config
 from pipeline.distill.targets import Targets, class_rows, join, verify_for
 from pipeline.errors import PipelineError
+from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import resolve_device, resolve_precision
 from store import Artifact
@@ -78,6 +79,7 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
     initialise(student, settings.init)
+    check_output(settings.out, _needed_bytes(student), replaceable=True)
     images = _decode(settings, data, evaluation)
     targets = join(artifact, images.train, rows, settings.target, recipe)
     report = report_join(targets, images.train, settings.max_missing)
@@ -116,6 +118,11 @@ def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | No
             "to evaluate on; at least 2 and 1 are needed."
         )
     return images
+
+
+def _needed_bytes(student: Student) -> int:
+    weights = sum(parameter.nbytes for parameter in student.parameters())
+    return 14 * weights + 10_000_000  # three checkpoints with two moments and an average, two students, metrics
 
 
 def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:
