@@ -394,6 +394,36 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
     )
 
 
+@cli.command(epilog=_example("clip-embed-kd export --student run --out student.onnx"))
+@click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
+@click.option("--out", required=True, type=_PATH, help="file to write: .onnx")
+@click.option("--overwrite", is_flag=True, help="replace an existing file")
+@_json_option
+@_version_option
+def export(student: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a student as an ONNX file, and check it against PyTorch."""
+    from pipeline.distill.export import export_student
+    from pipeline.progress import log_to_stderr, size
+
+    log_to_stderr()
+    result = export_student(student, out, overwrite=overwrite)
+    side = result.image_size
+    _emit(
+        as_json,
+        {**dataclasses.asdict(result), "path": str(out)},
+        [
+            ("model", f"{out}, {size(result.model_bytes)}, opset {result.opset}"),
+            ("input", f"pixels: uint8 [batch, {side}, {side}, 3], RGB; mean and deviation are in the model"),
+            ("outputs", f"logits [batch, {result.num_classes}], embedding [batch, {result.embed_dim}]"),
+            (
+                "checked",
+                f"{result.num_compared} random images: logits of up to {result.max_logit:.3g} differ from PyTorch's by "
+                f"at most {result.max_difference:.1e}",
+            ),
+        ],
+    )
+
+
 @cli.group()
 @_version_option
 def recipe() -> None:

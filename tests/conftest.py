@@ -33,6 +33,7 @@ TYPED = (
     "colours",
     "mix",
     "warp",
+    "onnx_model",
 )
 install_import_hook([f"pipeline.distill.{name}" for name in TYPED], "beartype.beartype")
 install_import_hook("pipeline.extract.teacher", "beartype.beartype")

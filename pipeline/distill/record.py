@@ -1,6 +1,6 @@
 """The run directory: student, checkpoints, metrics and the record of everything that made them.
 
-    RUN/student/          config.json and model.safetensors of the last finished epoch
+    RUN/student/          config.json and model.safetensors of the last finished epoch, README.md of a finished run
     RUN/checkpoints/      the last two, from which a stopped run goes on
     RUN/metrics.jsonl     one JSON object an epoch
     RUN/tensorboard/      the same as scalars
@@ -22,6 +22,7 @@ import torch
 
 from pipeline.distill.checkpoint import Checkpoints
 from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.model_card import write_model_card
 from pipeline.distill.student import save_student, write_atomically
 from pipeline.errors import PipelineError, first_line
 from pipeline.output import check_output
@@ -117,9 +118,10 @@ class RunDirectory:
         self._publish()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Record the results and that the run came to its end."""
+        """Record the results and that the run came to its end, and write the student's model card."""
         self._record |= {"status": "finished", "result": dict(result)}
         self._write_record()
+        write_model_card(self.path)
 
     def _resume(self, trainer: Trainer) -> None:
         try:

@@ -12,8 +12,9 @@ from PIL import Image
 
 import store
 from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
-from pipeline.distill.config import DistillSettings, Recipe, load_recipe
+from pipeline.distill.config import DistillSettings
 from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.recipe import Recipe, load_recipe
 from pipeline.distill.student import Student, build_student, student_config
 from tests.conftest import CLASS_NAMES
 
@@ -109,7 +110,7 @@ def make_student(
 ) -> Student:
     """Build a student of known random weights, BatchNorm's running statistics among them."""
     torch.manual_seed(seed)
-    student = build_student(student_config(name, image_size, class_names, attention_dropout=0.1))
+    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
     with torch.no_grad():
         for tensor in student.model.state_dict().values():
             if tensor.is_floating_point():

@@ -88,7 +88,7 @@ def save_alone(folder: Path, rows: datasets.Dataset) -> Path:
 def test_a_run_leaves_student_metrics_scalars_and_record(finished: DistillResult) -> None:
     folder = finished.run_directory
     assert file_names(folder) == ["metrics.jsonl", "run.json", "student", "tensorboard"]
-    assert file_names(folder / "student") == ["config.json", "model.safetensors"]
+    assert file_names(folder / "student") == ["README.md", "config.json", "model.safetensors"]
     assert file_names(folder.parent) == ["run"]
     metrics = metrics_of(folder)
     assert [(line["epoch"], line["step"]) for line in metrics] == [(1, 4), (2, 8), (3, 12)]
