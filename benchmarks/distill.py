@@ -11,6 +11,7 @@ A check or a target that is false makes it exit 1, once everything is written; a
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def main(work: Path, only: tuple[str, ...], **options: Any) -> None:
     book = FigureBook(work / "distill.json", machine(options["device"]), of, is_trial=options["trial"])
     setup = Setup(work=work.absolute(), book=book, **options)
     for name in only or usual_measures(setup):
-        book.measure(name, lambda name=name: MEASURES[name](setup))  # type: ignore[misc]
+        book.measure(name, partial(MEASURES[name], setup))
     book.finish()
 
 
