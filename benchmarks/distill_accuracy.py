@@ -72,9 +72,10 @@ def measure_accuracy(setup: Setup) -> Figures:
     wanted = [(arm, seed) for seed in range(setup.seeds) for arm in setup.arms]
     for arm, seed in wanted:
         name, options = f"{arm}-{seed}", _options(arm, seed, SCALES[scale])
-        if runs.get(name, {}).get("options") == options and "top1" in runs[name]:
+        told = " ".join(options)
+        if runs.get(name, {}).get("options") == told and "top1" in runs[name]:
             continue
-        runs[name] = {"arm": arm, "seed": seed, "options": options, **_train(setup, scale, arm, options)}
+        runs[name] = {"arm": arm, "seed": seed, "options": told, **_train(setup, scale, name, options)}
         setup.book.note("accuracy", {"runs": every})
         click.echo(f"{scale}, {name}: {runs[name]}", err=True)
     lines = table(runs)
@@ -121,14 +122,13 @@ def _options(arm: str, seed: int, scale: Scale) -> list[str]:
     return [*ARMS[arm].options, "--seed", str(seed), "--epochs", epochs, "--evaluate-every", epochs]
 
 
-def _train(setup: Setup, scale: str, arm: str, options: list[str]) -> Figures:
-    data = _data(setup, scale)
-    teacher = setup.pick(KNOWN_TEACHER, setup.made_teacher)
-    seed = options[options.index("--seed") + 1]
-    out = setup.work / "accuracy" / scale / f"{arm}-{seed}"
+def _train(setup: Setup, scale: str, name: str, options: list[str]) -> Figures:
+    data, kind = _data(setup, scale), ARMS[name.rpartition("-")[0]].kind
+    teacher = setup.made_teacher if setup.trial else KNOWN_TEACHER
+    out = setup.work / "accuracy" / scale / name
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        subject = Subject(setup.artifact(ARMS[arm].kind, data, teacher), data, setup.device)
+        subject = Subject(setup.artifact(kind, data, teacher), data, setup.device)
         told = run(setup.distill(subject, out, *options, "--resume"))
     except subprocess.CalledProcessError as error:  # it said why; the others go on
         return {"exit status": error.returncode}
