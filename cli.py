@@ -92,9 +92,6 @@ def _data_options(split: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
-_recipe_option = click.option("--recipe", default="paper", metavar="R", help="a recipe's name, or a TOML file")
-
-
 def _overrides_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option(
@@ -111,6 +108,55 @@ def _overrides_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--set", "changes", multiple=True, metavar="KEY=VALUE", help="any setting of the recipe; may be repeated"
         ),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options: list[Callable[..., Any]] = [
+        click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote"),
+        _data_options("train"),
+        click.option(
+            "--eval-split",
+            metavar="NAME",
+            help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
+        ),
+        click.option("--student", default="base", help="base, large, or any timm model"),
+        click.option(
+            "--init", default="scratch", metavar="W", help="weights to begin with: scratch, pretrained, or a folder"
+        ),
+        click.option(
+            "--image-size", type=click.IntRange(min=1), default=32, help="side of the student's input, in pixels"
+        ),
+        click.option("--recipe", default="paper", metavar="R", help="a recipe's name, or a TOML file"),
+        click.option(
+            "--target",
+            type=click.Choice(["class", "sample", "both"]),
+            default="class",
+            help="teacher embeddings to learn from",
+        ),
+        _overrides_options,
+        click.option(
+            "--micro-batch",
+            type=click.IntRange(min=2),
+            help="images in memory at once; the loss is the batch's all the same  [default: the batch]",
+        ),
+        _precision_option,
+        _device_option,
+        click.option(
+            "--compile/--no-compile", default=False, help="compile the step; where that fails, say why and go on"
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of weights, order, flips and dropout"
+        ),
+        click.option(
+            "--max-missing",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            help="largest share of images without a stored embedding",
+        ),
+        click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names"),
+        _skip_bad_option,
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
@@ -244,46 +290,12 @@ def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
         "--dataset uoft-cs/cifar100 --label-column fine_label --out run",
     )
 )
-@click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote")
-@_data_options("train")
-@click.option(
-    "--eval-split",
-    metavar="NAME",
-    help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
-)
+@_training_options
+@click.option("--out", required=True, type=_PATH, help="run directory to make")
 @click.option(
     "--evaluate-every", type=click.IntRange(min=1), default=1, help="epochs between evaluations; the last is always one"
 )
-@click.option("--out", required=True, type=_PATH, help="run directory to make")
-@click.option("--student", default="base", help="base, large, or any timm model")
-@click.option("--init", default="scratch", metavar="W", help="weights to begin with: scratch, pretrained, or a folder")
-@click.option("--image-size", type=click.IntRange(min=1), default=32, help="side of the student's input, in pixels")
-@_recipe_option
-@click.option(
-    "--target",
-    type=click.Choice(["class", "sample", "both"]),
-    default="class",
-    help="teacher embeddings to learn from",
-)
-@_overrides_options
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
-@click.option(
-    "--micro-batch",
-    type=click.IntRange(min=2),
-    help="images in memory at once; changes no loss  [default: the batch]",
-)
-@_precision_option
-@_device_option
-@click.option("--compile/--no-compile", default=False, help="compile the step; where that fails, say why and go on")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of weights, order, flips and dropout")
-@click.option(
-    "--max-missing",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    help="largest share of images without a stored embedding",
-)
-@click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names")
-@_skip_bad_option
 @click.option("--overwrite", is_flag=True, help="replace an existing run directory")
 @click.option("--resume", is_flag=True, help="go on with the run in the run directory, if there is one")
 @click.option(
@@ -315,6 +327,7 @@ def distill(as_json: bool, **options: Any) -> None:
             "seconds": result.seconds,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report": None if result.report is None else str(result.report),
         },
         [
             ("student", f"{result.run_directory / 'student'}, {result.num_parameters:,} parameters"),
@@ -326,8 +339,32 @@ def distill(as_json: bool, **options: Any) -> None:
             ),
             ("time", f"{duration(result.seconds)} in all"),
             *_memory_rows(result.memory),
+            *([] if result.report is None else [("report", str(result.report))]),
         ],
     )
+
+
+@cli.command(
+    epilog=_example(
+        "clip-embed-kd plan --artifact cifar100.safetensors",
+        "--dataset uoft-cs/cifar100 --label-column fine_label --ram 2 --hours 12",
+    )
+)
+@_training_options
+@click.option("--out", type=_PATH, default=Path("run"), help="where the run shall be: its disk is tried")
+@click.option("--ram", type=click.FloatRange(0, min_open=True), metavar="GB", help="memory that the run may take")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), help="time that the run may take")
+@_json_option
+@_version_option
+def plan(as_json: bool, ram: float | None, hours: float | None, **options: Any) -> None:
+    """Measure a few steps: how long `distill` will take on this machine, how much memory and disk."""
+    from pipeline.distill import DistillSettings
+    from pipeline.distill.plan import plan
+
+    overrides = _overrides(options)
+    settings = DistillSettings(data=_data_settings(options), overrides=overrides, **options)
+    found = plan(settings, ram_bytes=None if ram is None else round(ram * 1e9), hours=hours)
+    _emit(as_json, found.as_json(), found.rows())
 
 
 @cli.command(

@@ -23,6 +23,8 @@ from PIL import Image
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 TYPED = (
     "losses",
+    "method",
+    "feed",
     "student",
     "targets",
     "loop",

@@ -61,7 +61,7 @@ class Checkpoints:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            save_file(tensors, work / "tensors.safetensors")
+            _write_tensors(tensors, work / "tensors.safetensors")
             digest = _sha256(work / "tensors.safetensors")
             document = {"format": _FORMAT, "progress": asdict(trainer.progress), "tensors_sha256": digest}
             (work / "progress.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
@@ -116,13 +116,23 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # the library's own, for a full disk too
+        raise OSError(str(error)) from None
+
+
 def _read(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
     document: dict[str, Any] = json.loads((path / "progress.json").read_text("utf-8"))
     if document["format"] != _FORMAT:
         raise ValueError(f"its format is {document['format']!r}, expected {_FORMAT}")
     if _sha256(path / "tensors.safetensors") != document["tensors_sha256"]:
         raise ValueError("tensors.safetensors has another digest than progress.json says")
-    return _PROGRESS.validate_python(document["progress"]), load_file(path / "tensors.safetensors")
+    progress = _PROGRESS.validate_python(document["progress"])
+    if progress.num_steps != int(path.name) or progress.epoch < 1 or not 0 <= progress.steps_done <= progress.num_steps:
+        raise ValueError(f"progress.json stands at step {progress.steps_done} of epoch {progress.epoch}")
+    return progress, load_file(path / "tensors.safetensors")
 
 
 def _sha256(path: Path) -> str:

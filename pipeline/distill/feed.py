@@ -130,7 +130,8 @@ class Feed:
         positives = F.normalize(positives.float(), p=1, dim=1)
         # A mixture of an image with an embedding and one without has no target.
         both = joined & (joined[mixed.partner] | (mixed.share == 1))
-        return Samples(_blend(embeddings, mixed), both, _blend(positives, mixed), probabilities)
+        positives = F.normalize(_blend(positives, mixed) * both, p=1, dim=1)
+        return Samples(_blend(embeddings, mixed), both, positives, probabilities)
 
     def _device_is_idle(self) -> bool:
         # A GPU works on while the next batch is made; only where it has nothing left to do, it waits.

@@ -36,13 +36,13 @@ class JoinReport:
 
     def lines(self) -> list[str]:
         """Return it in words, a line each."""
-        of = f"{self.num_classes} of its {self.num_artifact_classes}"
-        classes = "all" if self.num_classes == self.num_artifact_classes else of
+        of = f"{self.num_classes} of its {self.num_artifact_classes} classes"
+        classes = "all its classes" if self.num_classes == self.num_artifact_classes else of
         if not self.num_artifact_samples:
-            return [f"Joined {self.artifact}: {classes} classes by name, {self.num_images:,} images to train on."]
+            return [f"Joined {self.artifact}: {classes}, {self.num_images:,} images to train on."]
         lines = [
-            f"Joined {self.artifact}: {classes} classes by name, {self.num_joined:,} of {self.num_images:,} images by "
-            f"content; it holds {self.num_artifact_samples:,}."
+            f"Joined {self.artifact}: {classes}, {self.num_joined:,} of {self.num_images:,} images by content; it "
+            f"holds {self.num_artifact_samples:,}."
         ]
         if self.num_missing:
             known = self.num_known_otherwise
@@ -104,7 +104,7 @@ def report_join(targets: Targets, images: DecodedImages, max_missing: float) -> 
         num_relabelled=num_relabelled if uses_samples else 0,
         num_views=targets.num_views,
     )
-    if len(missing) > max_missing * len(images):
+    if len(missing) / len(images) > max_missing:  # 29 of 50 are 0.58, but 0.58 · 50 is less than 29
         _refuse(report)
     return report
 

@@ -86,10 +86,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.method, recipe)
         self.progress = Progress()
         self._sums = torch.zeros(len(LOSSES), device=compute.device)
-        self._unchecked: list[Tensor] = []
-        self.forward_backward = ForwardBackward(
-            self.method, compute.precision, compute.micro_batch, compiled=compute.compile
-        )
+        self._unchecked: list[tuple[int, Tensor]] = []  # numbers of steps, from 1, and their losses
+        compiled_size = recipe.batch_size if compute.compile else None
+        self.forward_backward = ForwardBackward(self.method, compute.precision, compute.micro_batch, compiled_size)
 
     @property
     def kept(self) -> Student:
@@ -117,7 +116,7 @@ class Trainer:
             use_explicit_attention(self.method.student.model, self.compute.device),
         ):
             losses = self.forward_backward(batch)
-        self._unchecked.append(losses)
+        self._unchecked.append((progress.num_steps + 1, losses))
         if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:
             self.check_finite()
         if recipe.gradient_clip:
@@ -153,12 +152,11 @@ class Trainer:
             PipelineError: it says which loss, at which step, and the likely cause.
         """
         unchecked, self._unchecked = self._unchecked, []
-        if not unchecked or bool(torch.stack(unchecked).isfinite().all()):
+        if not unchecked or bool(torch.stack([losses for _, losses in unchecked]).isfinite().all()):
             return
-        place = next(place for place, losses in enumerate(unchecked) if not bool(losses.isfinite().all()))
-        values = dict(zip(LOSSES, unchecked[place].tolist(), strict=True))
+        number, losses = next(each for each in unchecked if not bool(each[1].isfinite().all()))
+        values = dict(zip(LOSSES, losses.tolist(), strict=True))
         parts = [f"{name} is {value}" for name, value in values.items() if name != "loss" and not math.isfinite(value)]
-        number = self.progress.num_steps - len(unchecked) + 1 + place + (self.compute.device.type == "cpu")
         raise PipelineError(
             f"the loss is not finite at step {number:,}, in epoch {self.progress.epoch} "
             f"({', '.join(parts) or 'their sum'}). {self._likely_cause()}"
@@ -184,9 +182,12 @@ class Trainer:
         Raises:
             ValueError: the tensors are of another student, or recipe.
         """
-        for parameter in self.method.parameters():
-            state = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-            self.optimizer.state[parameter] = {kind: torch.zeros_like(tensor) for kind, tensor in state.items()}
+        self.optimizer.state.clear()
+        for name, parameter in self.method.named_parameters():
+            if f"optimizer.step.{name}" in tensors:  # else no loss has reached it
+                step = torch.zeros((), device=parameter.device)  # fused AdamW wants it there
+                moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": step, **moments}
         mine = self.tensors()
         for name in mine.keys() | tensors.keys():
             if name not in mine or name not in tensors:

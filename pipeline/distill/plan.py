@@ -4,8 +4,9 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,32 @@ class Plan:
         """All epochs."""
         return self.epochs * self.epoch_seconds
 
+    def as_json(self) -> dict[str, Any]:
+        """Return everything for machines."""
+        totals = {"step_seconds": self.step_seconds, "epoch_seconds": self.epoch_seconds, "seconds": self.seconds}
+        return asdict(self) | totals
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return everything in words, with a label each."""
+        cut = f" by {self.micro_batch}" if self.micro_batch < self.batch_size else ""
+        step = (
+            f"{1000 * self.step_seconds:,.1f} ms for {self.batch_size} images{cut}, {self.precision} on {self.device}"
+        )
+        around = duration(self.evaluation_seconds + self.saving_seconds)
+        epoch = (
+            f"{duration(self.epoch_seconds)} for {self.images_per_epoch:,} images, {around} of it to evaluate and save"
+        )
+        rows = [
+            ("step", f"{step}, {100 * self.feed_share:.1f} % of it waiting for data"),
+            ("epoch", epoch),
+            ("in all", f"{duration(self.seconds)} for {self.epochs:,} epochs"),
+            ("memory", f"{size(self.memory_bytes)} at the peak, libraries included"),
+        ]
+        if self.device_memory_bytes:
+            rows.append(("GPU", f"{size(self.device_memory_bytes)} at the peak"))
+        rows.append(("disk", f"{size(self.run_bytes)} for the run directory"))
+        return rows + [("try", suggestion) for suggestion in self.suggestions]
+
 
 def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: float | None = None) -> Plan:
     """Measure what a run of these settings takes on this machine. It writes nothing that stays, but the image cache.
@@ -101,7 +128,7 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
         found = Plan(
             batch_size=recipe.batch_size,
             micro_batch=micro_batch,
-            precision=str(compute.precision).removeprefix("torch."),
+            precision=str(trainer.compute.precision).removeprefix("torch."),
             device=str(compute.device),
             image_seconds=image_seconds,
             images_per_epoch=prepared.feed.num_images,

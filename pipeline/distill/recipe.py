@@ -101,10 +101,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
             raise PipelineError(f"--set {text!r}: expected KEY=VALUE, such as label_smoothing=0.1.")
         if key in overrides:
             raise PipelineError(f"--set {key}: is given twice.")
-        try:
-            overrides[key] = tomllib.loads(f"value = {value}")["value"]
-        except ValueError:
-            overrides[key] = value
+        overrides[key] = _value(value)
     return overrides
 
 
@@ -135,9 +132,17 @@ def _read(name: str) -> dict[str, Any]:
         raise PipelineError(f"recipe {name!r} does not exist. Choose {shipped}, or the path of a .toml file.")
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise PipelineError(f"recipe {name}: cannot be read ({error}).") from None
     return values
+
+
+def _value(text: str) -> Any:
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return document["value"] if len(document) == 1 else text
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,4 +155,4 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 
 def _line(name: str, value: object, description: str | None) -> str:
     text = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else repr(value)
-    return f"{f'{name} = {text}':32}# {description}" if description else f"{name} = {text}"
+    return f"{f'{name} = {text}':31} # {description}" if description else f"{name} = {text}"

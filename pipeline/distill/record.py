@@ -5,6 +5,7 @@
     RUN/metrics.jsonl     one JSON object an epoch
     RUN/tensorboard/      the same as scalars
     RUN/run.json          settings, versions, artifact digest, results
+    RUN/report.html       all of it to look at, of a run that came to its end
 
 It appears with the first checkpoint or student, so that there is no run directory with nothing to go on from.
 """
@@ -117,10 +118,14 @@ class RunDirectory:
         self._checkpoints.save(trainer)
         self._publish()
 
+    def note(self, parts: Mapping[str, Any]) -> None:
+        """Add parts to the record."""
+        self._record |= parts
+        self._write_record()
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Record the results and that the run came to its end, and write the student's model card."""
-        self._record |= {"status": "finished", "result": dict(result)}
-        self._write_record()
+        self.note({"status": "finished", "result": dict(result)})
         write_model_card(self.path)
 
     def _resume(self, trainer: Trainer) -> None:
@@ -141,14 +146,15 @@ class RunDirectory:
             LOGGER.info("The run was begun with other software or on another machine: its last bits may differ.")
         self._checkpoints.restore(trainer)
         self._cut_metrics(trainer.progress.epoch)
-        self._open_scalars(purge_step=trainer.progress.num_steps + 1)
+        # The epoch that ends here, or went on from here, may be noted at this very step: it is noted again.
+        self._open_scalars(purge_step=trainer.progress.num_steps)
         LOGGER.info("Going on after step %s, in epoch %d.", f"{trainer.progress.num_steps:,}", trainer.progress.epoch)
 
     def _cut_metrics(self, epoch: int) -> None:
         """Leave out what a stopped part of the run noted after its last checkpoint, and half a line."""
         path, kept = self.path / "metrics.jsonl", []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-            with suppress(ValueError, LookupError, TypeError):
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
                 if json.loads(line)["epoch"] < epoch:
                     kept.append(line + "\n")
         write_atomically(path, "".join(kept).encode())

@@ -2,15 +2,26 @@
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from pipeline.distill.alignment import measure_alignment
 from pipeline.distill.config import DistillSettings
+from pipeline.distill.evaluate import Evaluation
 from pipeline.distill.images import DecodedImages
+from pipeline.distill.loop import Trainer
+from pipeline.distill.outcome import mistaken_images, outcome_of
 from pipeline.distill.preparation import Prepared, compute_for, prepare
 from pipeline.distill.record import RunDirectory
+from pipeline.distill.report_page import write_run_page
 from pipeline.distill.training import Limits, Training
+from pipeline.errors import PipelineError
+from pipeline.output import check_output
+from pipeline.progress import LOGGER
 from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory
 from store import Artifact, open_artifact
 
@@ -39,6 +50,7 @@ class DistillResult:
     feed_share: float
     seconds: float
     memory: PeakMemory
+    report: Path | None
 
 
 def distill(settings: DistillSettings) -> DistillResult:
@@ -62,24 +74,45 @@ def distill(settings: DistillSettings) -> DistillResult:
     with open_artifact(settings.artifact) as artifact:
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
+        check_output(settings.out, _needed_bytes(trainer), replaceable=True)
         with directory.open(_record(settings, artifact, prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
-            progress = trainer.progress
-            outcome = DistillResult(
-                run_directory=directory.path,
-                top1=evaluation.top1,
-                top5=evaluation.top5,
-                num_parameters=sum(parameter.numel() for parameter in trainer.kept.parameters()),
-                num_steps=progress.num_steps,
-                images_per_second=progress.num_images / max(progress.seconds, 1e-9),
-                train_seconds=progress.seconds,
-                feed_share=progress.feed_seconds / max(progress.seconds, 1e-9),
-                seconds=time.monotonic() - start,
-                memory=peak_memory(compute.device),
-            )
-            directory.finish(asdict(outcome) | {"run_directory": settings.out.name})
-            return outcome
+            images = prepared.images.evaluation
+            outcome = outcome_of(evaluation, images, measure_alignment(prepared))
+            result = _result(directory.path, trainer, evaluation, time.monotonic() - start)
+            noted = asdict(result) | {"run_directory": settings.out.name}
+            del noted["report"]
+            directory.note({"result": noted, "outcome": asdict(outcome)})
+            report = _write_report(directory.path, mistaken_images(outcome, images))
+            directory.finish(noted)
+            return replace(result, report=report)
+
+
+def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: float) -> DistillResult:
+    progress = trainer.progress
+    return DistillResult(
+        run_directory=folder,
+        top1=evaluation.top1,
+        top5=evaluation.top5,
+        num_parameters=sum(parameter.numel() for parameter in trainer.kept.parameters()),
+        num_steps=progress.num_steps,
+        images_per_second=progress.num_images / max(progress.seconds, 1e-9),
+        train_seconds=progress.seconds,
+        feed_share=progress.feed_seconds / max(progress.seconds, 1e-9),
+        seconds=seconds,
+        memory=peak_memory(trainer.compute.device),
+        report=None,
+    )
+
+
+def _write_report(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | None:
+    """Write the page; a run that has come so far does not fail for want of it."""
+    try:
+        return write_run_page(folder, pictures)
+    except PipelineError as error:
+        LOGGER.warning("There is no report: %s", error)
+        return None
 
 
 def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -> dict[str, Any]:
@@ -110,6 +143,12 @@ def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -
             "precision": str(compute.precision).removeprefix("torch."),
         },
     }
+
+
+def _needed_bytes(trainer: Trainer) -> int:
+    checkpoint = sum(tensor.nbytes for tensor in trainer.tensors().values())
+    weights = sum(parameter.nbytes for parameter in trainer.method.parameters())
+    return 3 * (checkpoint + 2 * weights) + 2 * weights + 10_000_000  # the optimizer's state comes with the first step
 
 
 def _digest(images: DecodedImages) -> str:

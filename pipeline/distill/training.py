@@ -24,6 +24,10 @@ class Limits:
     checkpoint_minutes: float
     evaluate_every: int = 1
 
+    def reached(self, trainer: Trainer) -> bool:
+        """Tell whether the steps that are allowed are done: by a run before, it may be more of them."""
+        return self.max_steps is not None and trainer.progress.num_steps >= self.max_steps
+
 
 class Training:
     """One run, from where its trainer stands to its end."""
@@ -60,20 +64,17 @@ class Training:
                 self._run_steps(limits, stop)
                 self._directory.save_checkpoint(trainer)
                 stop.obey()
-            last = trainer.progress.epoch >= trainer.recipe.epochs or self._enough(limits)
+            last = trainer.progress.epoch >= trainer.recipe.epochs or limits.reached(trainer)
             evaluation = self._close_epoch(last or trainer.progress.epoch % limits.evaluate_every == 0)
             if last and evaluation is not None:
                 return evaluation
             trainer.begin_epoch()
 
-    def _enough(self, limits: Limits) -> bool:
-        return limits.max_steps is not None and self._trainer.progress.num_steps >= limits.max_steps
-
     def _run_steps(self, limits: Limits, stop: StopRequest) -> None:
         """Go on with the epoch in hand, to its end or until there is a reason to stop."""
         trainer, feed, progress = self._trainer, self._feed, self._trainer.progress
         saved = time.monotonic()
-        if self._enough(limits):
+        if limits.reached(trainer):
             return
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
             bar.advance(progress.epoch_images)
@@ -81,7 +82,7 @@ class Training:
             for batch in feed.epoch(progress.epoch, progress.steps_done):
                 trainer.step(batch, feed.num_steps)
                 bar.advance(len(batch.pixels))
-                if stop.requested or self._enough(limits):
+                if stop.requested or limits.reached(trainer):
                     break
                 if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
                     clock.note(trainer)
