@@ -9,7 +9,7 @@ import pytest
 
 import store
 from pipeline.data import BadImageError, DataSettings, load_labelled, sample_key
-from pipeline.distill.images import decode_images
+from pipeline.distill.cache import cached_images
 from pipeline.distill.targets import class_rows, join, verify_for
 from pipeline.extract import ExtractSettings, extract
 from tests.conftest import SHARED
@@ -48,7 +48,7 @@ def test_equal_images_under_different_labels_survive_samples_and_join(tmp_path: 
     out = extract(ExtractSettings(teacher=teacher, data=settings, out=tmp_path / "equal.h5", samples=True)).path
 
     data = load_labelled(settings)
-    images = decode_images(data, 32, skip_bad=False)
+    images = cached_images(data, 32, skip_bad=False)
     with store.open_artifact(out) as artifact:
         verify_for(artifact, "sample")
         names = class_rows(artifact, data.class_names, data.classes_named, by_index=False)

@@ -59,6 +59,7 @@ class DistillSettings(BaseModel):
     max_missing: float = Field(default=0.0, ge=0, le=1, description="largest share of images without a target")
     join_by_index: bool = False
     skip_bad: bool = False
+    cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
     overwrite: bool = False
 
     def resolved_recipe(self) -> Recipe:
@@ -82,6 +83,7 @@ class EvaluateSettings(BaseModel):
     precision: Precision = "auto"
     device: str = "auto"
     skip_bad: bool = False
+    cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
 
 
 def load_recipe(name: str) -> Recipe:

@@ -134,7 +134,7 @@ class Trainer:
 
     def _step(self, images: DecodedImages, chosen: NDArray[np.int64], flips: Tensor) -> Tensor:
         device = self.compute.device
-        pixels = torch.from_numpy(images.pixels[images.places[chosen]]).to(device)
+        pixels = torch.from_numpy(images.pixels[images.places[chosen], 0]).to(device)
         labels = torch.from_numpy(images.labels[chosen]).to(device)
         with self.compute.autocast():
             embeddings, logits = self.student(self.student.normalise(_flip(pixels, flips.to(device))))

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from pipeline.data import Labelled, evaluation_split, load_labelled
+from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.evaluate import evaluate_student, student_labels
-from pipeline.distill.images import DecodedImages, decode_images, held_out
+from pipeline.distill.images import DecodedImages, held_out
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.record import RunDirectory
 from pipeline.distill.student import Student, build_student, student_config
@@ -80,9 +81,7 @@ def distill(settings: DistillSettings) -> DistillResult:
         student = build_student(
             student_config(settings.student, settings.image_size, data.class_names, recipe.attention_dropout)
         )
-        num_images = len(data) + (0 if evaluation is None else len(evaluation))
-        needed_bytes = _needed_bytes(student, num_images, settings.image_size)
-        check_output(settings.out, needed_bytes, replaceable=settings.overwrite)
+        check_output(settings.out, _needed_bytes(student), replaceable=settings.overwrite)
         images = _decode(settings, data, evaluation)
         targets = join(artifact, images.train, rows, settings.target, settings.max_missing)
         _report_join(artifact, images, targets.num_missing, settings)
@@ -143,10 +142,9 @@ def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) ->
 
 
 def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | None) -> _Images:
-    folder = settings.out.absolute().parent
-    train = decode_images(data, settings.image_size, skip_bad=settings.skip_bad, folder=folder)
+    train = cached_images(data, settings.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
     if evaluation is not None:
-        test = decode_images(evaluation, settings.image_size, skip_bad=settings.skip_bad, folder=folder)
+        test = cached_images(evaluation, settings.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
         images = _Images(train, test, f"split {evaluation.settings.split}")
     else:
         apart = held_out(train.keys)
@@ -186,6 +184,6 @@ def _describe_data(data: Labelled, images: _Images) -> dict[str, Any]:
     }
 
 
-def _needed_bytes(student: Student, num_images: int, image_size: int) -> int:
+def _needed_bytes(student: Student) -> int:
     weights = sum(parameter.nbytes for parameter in student.parameters())
-    return 2 * weights + num_images * 3 * image_size**2 + 10_000_000  # students, decoded images, metrics
+    return 2 * weights + 10_000_000  # students, metrics

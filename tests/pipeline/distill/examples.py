@@ -1,6 +1,7 @@
 """Artifacts, data sets and students for the tests of stage two; no teacher runs."""
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from PIL import Image
 
 import store
 from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
+from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings, Recipe, load_recipe
-from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.images import DecodedImages
 from pipeline.distill.student import Student, build_student, student_config
 from tests.conftest import CLASS_NAMES
 
 EMBED_DIM = 6
 COLOURS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
+
+JUNK = {"bytes": b"junk", "path": None}
 
 Pair = tuple[bytes, str]  # sample key and class name
 
@@ -63,6 +67,19 @@ def pairs_of(rows: datasets.Dataset) -> list[Pair]:
     return [(sample_key(to_rgb(row["image"])), names[row["label"]]) for row in rows]
 
 
+def noise(height: int, width: int) -> Image.Image:
+    """Make an image of noise, the same for the same size."""
+    random = np.random.default_rng(height * 1000 + width)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> dict[str, Any]:
+    """Return the cell of an image, encoded."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def make_rows(cells: Sequence[Any], labels: Sequence[int], names: Sequence[str] = CLASS_NAMES) -> datasets.Dataset:
     """Make a split of images, or of structures of bytes and path."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
@@ -87,7 +104,7 @@ def labelled(rows: datasets.Dataset, folder: Path) -> Labelled:
 
 def decoded(rows: datasets.Dataset, folder: Path, image_size: int = 8) -> DecodedImages:
     """Save, load and decode a split."""
-    return decode_images(labelled(rows, folder), image_size, skip_bad=False)
+    return cached_images(labelled(rows, folder), image_size, skip_bad=False)
 
 
 def settings_for(artifact: Path, dataset: Path, out: Path, **fields: Any) -> DistillSettings:

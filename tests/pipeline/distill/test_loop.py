@@ -74,7 +74,7 @@ class Recorder:
     def __init__(self, student: Student, images: DecodedImages) -> None:
         self.batches: list[Tensor] = []
         self.embeddings: list[Tensor] = []
-        self._shown = student.normalise(torch.from_numpy(images.pixels[images.places])).flatten(1)
+        self._shown = student.normalise(torch.from_numpy(images.pixels[images.places, 0])).flatten(1)
         student.register_forward_hook(self._keep)
 
     def _keep(self, student: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
@@ -104,7 +104,7 @@ def test_the_loss_falls_on_a_problem_that_can_be_learnt(target: Target, coloured
         assert losses[-1].cosine < losses[0].cosine
     student = trainer.student.eval()
     with torch.no_grad():
-        answers = student(student.normalise(torch.from_numpy(images.pixels[images.places])))[1].argmax(dim=1)
+        answers = student(student.normalise(torch.from_numpy(images.pixels[images.places, 0])))[1].argmax(dim=1)
     assert (answers.numpy() == images.labels).mean() > 0.9
 
 
@@ -249,7 +249,7 @@ def test_images_are_flipped_left_to_right_with_the_recipes_probability(
 ) -> None:
     targets, images = noise
     mirrored = DecodedImages(
-        images.pixels[:, :, ::-1].copy() if flipped else images.pixels,
+        images.pixels[:, :, :, ::-1].copy() if flipped else images.pixels,
         images.places,
         images.source_rows,
         images.keys,
@@ -267,7 +267,7 @@ def test_about_half_of_the_images_are_flipped_at_one_half(coloured: Joined) -> N
     seen: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     trainer.run_epoch(images, 1)
-    shown = trainer.student.normalise(torch.from_numpy(images.pixels[images.places])).flatten(1)
+    shown = trainer.student.normalise(torch.from_numpy(images.pixels[images.places, 0])).flatten(1)
     plain = (seen[0].flatten(1)[:, None] == shown[None]).all(dim=2).any(dim=1)
     assert 4 < int(plain.sum()) < 20
 
@@ -327,7 +327,7 @@ def test_at_alpha2_one_the_classifier_names_the_nearest_class_embedding(coloured
     trainer.finish_classifier()
     student = trainer.student.eval()
     with torch.no_grad():
-        embeddings, logits = student(student.normalise(torch.from_numpy(images.pixels[images.places])))
+        embeddings, logits = student(student.normalise(torch.from_numpy(images.pixels[images.places, 0])))
         prototypes = trainer.projection(targets.class_embeddings)
     cosines = F.cosine_similarity(embeddings[:, None], prototypes[None], dim=2)
     assert torch.allclose(logits, cosines * embeddings.norm(dim=1, keepdim=True), atol=1e-5)
@@ -374,7 +374,7 @@ def test_copies_of_an_image_are_positives_of_each_other(tmp_path: Path) -> None:
     shown: list[Tensor] = []
     trainer.student.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[0]))
     result = trainer.run_epoch(images, 1)
-    pixels = trainer.student.normalise(torch.from_numpy(images.pixels[:3].copy())).flatten(1)
+    pixels = trainer.student.normalise(torch.from_numpy(images.pixels[:3, 0].copy())).flatten(1)
     order = (shown[0].flatten(1)[:, None] == pixels[None]).all(dim=2).int().argmax(dim=1)
     assert sorted(order.tolist()) == [0, 0, 1, 2]
     with torch.no_grad():

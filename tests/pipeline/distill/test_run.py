@@ -148,6 +148,27 @@ def test_distill_and_evaluate_agree(finished: DistillResult, saved_data: Path) -
     assert (found.top1, found.top5) == (finished.top1, finished.top5)
 
 
+def test_runs_and_evaluations_share_the_cache_that_is_named(
+    start: Start, saved_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "clip_embed_kd")
+    folder = tmp_path / "cache"
+    first, second = (distill(start(out=tmp_path / name, cache=folder)) for name in ("first", "second"))
+    data = DataSettings(dataset=str(saved_data), split="test")
+    evaluate_run(EvaluateSettings(student=first.run_directory, data=data, device="cpu", cache=folder))
+    said = [message.split(" /")[0] for message in caplog.messages if message.startswith("Images of")]
+    assert [line.split(" in ")[0] for line in said] == [
+        "Images of split train: decoded",
+        "Images of split test: decoded",
+        "Images of split train: read from the cache",
+        "Images of split test: read from the cache",
+        "Images of split test: read from the cache",
+    ]
+    assert len(file_names(folder)) == 2
+    students = [weights_of(load_student(result.run_directory)) for result in (first, second)]
+    assert equal_weights(*students)
+
+
 def test_the_same_settings_give_the_same_student(start: Start, tmp_path: Path) -> None:
     for out, seed in (("first", 5), ("second", 5), ("third", 6)):
         distill(start(out=tmp_path / out, seed=seed, target="both", max_steps=2))
@@ -300,7 +321,7 @@ def test_the_limit_is_for_training_only(start: Start, saved_data: Path) -> None:
 
 @pytest.fixture
 def nothing_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "decode_images", lambda *args, **kwargs: pytest.fail("images were decoded"))
+    monkeypatch.setattr(module, "cached_images", lambda *args, **kwargs: pytest.fail("images were decoded"))
 
 
 @pytest.mark.usefixtures("nothing_decoded")
