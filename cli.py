@@ -98,6 +98,76 @@ def _data_options(split: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return lambda command: functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
+def _overrides_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option(
+            "--alpha2", type=click.FloatRange(0, 1), help="weight of the distillation loss  [default: the recipe's]"
+        ),
+        click.option("--epochs", type=click.IntRange(min=1), help="passes over the images  [default: the recipe's]"),
+        click.option("--batch-size", type=click.IntRange(min=2), help="images a step  [default: the recipe's]"),
+        click.option(
+            "--lr",
+            "learning_rate",
+            type=click.FloatRange(0, min_open=True),
+            help="learning rate  [default: the recipe's]",
+        ),
+        click.option(
+            "--set", "changes", multiple=True, metavar="KEY=VALUE", help="any setting of the recipe; may be repeated"
+        ),
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
+def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options: list[Callable[..., Any]] = [
+        click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote"),
+        _data_options("train"),
+        click.option(
+            "--eval-split",
+            metavar="NAME",
+            help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
+        ),
+        click.option("--student", default="base", help="base, large, or any timm model"),
+        click.option(
+            "--init", default="scratch", metavar="W", help="weights to begin with: scratch, pretrained, or a folder"
+        ),
+        click.option(
+            "--image-size", type=click.IntRange(min=1), default=32, help="side of the student's input, in pixels"
+        ),
+        click.option("--recipe", default="paper", metavar="R", help="a recipe's name, or a TOML file"),
+        click.option(
+            "--target",
+            type=click.Choice(["class", "sample", "both"]),
+            default="class",
+            help="teacher embeddings to learn from",
+        ),
+        _overrides_options,
+        click.option(
+            "--micro-batch",
+            type=click.IntRange(min=2),
+            help="images in memory at once; the loss is the batch's all the same  [default: the batch]",
+        ),
+        _precision_option,
+        _device_option,
+        click.option(
+            "--compile/--no-compile", default=False, help="compile the step; where that fails, say why and go on"
+        ),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of weights, order, flips and dropout"
+        ),
+        click.option(
+            "--max-missing",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            help="largest share of images without a stored embedding",
+        ),
+        click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names"),
+        _skip_bad_option,
+        _cache_option,
+    ]
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
+
+
 @click.group(context_settings=_SETTINGS)
 @_version_option
 def cli() -> None:
@@ -227,46 +297,20 @@ def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
         "--dataset uoft-cs/cifar100 --label-column fine_label --out run",
     )
 )
-@click.option("--artifact", required=True, type=_PATH, metavar="A", help="what extract wrote")
-@_data_options("train")
-@click.option(
-    "--eval-split",
-    metavar="NAME",
-    help="split to evaluate on  [default: test, else validation, else a held-out tenth]",
-)
+@_training_options
 @click.option("--out", required=True, type=_PATH, help="run directory to make")
-@click.option("--student", default="base", help="base, large, or any timm model")
-@click.option("--image-size", type=click.IntRange(min=1), default=32, help="side of the student's input, in pixels")
-@click.option("--recipe", default="paper", help="a recipe's name, or a TOML file")
 @click.option(
-    "--target",
-    type=click.Choice(["class", "sample", "both"]),
-    default="class",
-    help="teacher embeddings to learn from",
+    "--evaluate-every", type=click.IntRange(min=1), default=1, help="epochs between evaluations; the last is always one"
 )
-@click.option("--alpha2", type=click.FloatRange(0, 1), help="weight of the distillation loss  [default: the recipe's]")
-@click.option("--epochs", type=click.IntRange(min=1), help="passes over the images  [default: the recipe's]")
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
-@click.option("--batch-size", type=click.IntRange(min=2), help="images a step  [default: the recipe's]")
-@click.option(
-    "--lr",
-    "learning_rate",
-    type=click.FloatRange(0, min_open=True),
-    help="learning rate  [default: the recipe's]",
-)
-@_precision_option
-@_device_option
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="of weights, order, flips and dropout")
-@click.option(
-    "--max-missing",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    help="largest share of images without a stored embedding",
-)
-@click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names")
-@_skip_bad_option
-@_cache_option
 @click.option("--overwrite", is_flag=True, help="replace an existing run directory")
+@click.option("--resume", is_flag=True, help="go on with the run in the run directory, if there is one")
+@click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    help="between checkpoints within an epoch; there is one after each epoch",
+)
 @_json_option
 @_version_option
 def distill(as_json: bool, **options: Any) -> None:
@@ -274,7 +318,8 @@ def distill(as_json: bool, **options: Any) -> None:
     from pipeline.distill import DistillSettings, distill
     from pipeline.progress import duration
 
-    result = distill(DistillSettings(data=_data_settings(options), **options))
+    overrides = _overrides(options)
+    result = distill(DistillSettings(data=_data_settings(options), overrides=overrides, **options))
     _emit(
         as_json,
         {
@@ -285,9 +330,11 @@ def distill(as_json: bool, **options: Any) -> None:
             "num_steps": result.num_steps,
             "images_per_second": result.images_per_second,
             "train_seconds": result.train_seconds,
+            "feed_share": result.feed_share,
             "seconds": result.seconds,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
+            "report": None if result.report is None else str(result.report),
         },
         [
             ("student", f"{result.run_directory / 'student'}, {result.num_parameters:,} parameters"),
@@ -295,12 +342,36 @@ def distill(as_json: bool, **options: Any) -> None:
             (
                 "training",
                 f"{result.num_steps:,} steps, {result.images_per_second:.1f} images/s, "
-                f"{duration(result.train_seconds)}",
+                f"{duration(result.train_seconds)}, {100 * result.feed_share:.1f} % of it waiting for data",
             ),
             ("time", f"{duration(result.seconds)} in all"),
             *_memory_rows(result.memory),
+            *([] if result.report is None else [("report", str(result.report))]),
         ],
     )
+
+
+@cli.command(
+    epilog=_example(
+        "clip-embed-kd plan --artifact cifar100.safetensors",
+        "--dataset uoft-cs/cifar100 --label-column fine_label --ram 2 --hours 12",
+    )
+)
+@_training_options
+@click.option("--out", type=_PATH, default=Path("run"), help="where the run shall be: its disk is tried")
+@click.option("--ram", type=click.FloatRange(0, min_open=True), metavar="GB", help="memory that the run may take")
+@click.option("--hours", type=click.FloatRange(0, min_open=True), help="time that the run may take")
+@_json_option
+@_version_option
+def plan(as_json: bool, ram: float | None, hours: float | None, **options: Any) -> None:
+    """Measure a few steps: how long `distill` will take on this machine, how much memory and disk."""
+    from pipeline.distill import DistillSettings
+    from pipeline.distill.plan import plan
+
+    overrides = _overrides(options)
+    settings = DistillSettings(data=_data_settings(options), overrides=overrides, **options)
+    found = plan(settings, ram_bytes=None if ram is None else round(ram * 1e9), hours=hours)
+    _emit(as_json, found.as_json(), found.rows())
 
 
 @cli.command(
@@ -366,6 +437,66 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
             for path, classes in named.items()
         ],
     )
+
+
+@cli.command(epilog=_example("clip-embed-kd export --student run --out student.onnx"))
+@click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
+@click.option("--out", required=True, type=_PATH, help="file to write: .onnx")
+@click.option("--overwrite", is_flag=True, help="replace an existing file")
+@_json_option
+@_version_option
+def export(student: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Write a student as an ONNX file, and check it against PyTorch."""
+    from pipeline.distill.export import export_student
+    from pipeline.progress import log_to_stderr, size
+
+    log_to_stderr()
+    result = export_student(student, out, overwrite=overwrite)
+    side = result.image_size
+    _emit(
+        as_json,
+        {**dataclasses.asdict(result), "path": str(out)},
+        [
+            ("model", f"{out}, {size(result.model_bytes)}, opset {result.opset}"),
+            ("input", f"pixels: uint8 [batch, {side}, {side}, 3], RGB; mean and deviation are in the model"),
+            ("outputs", f"logits [batch, {result.num_classes}], embedding [batch, {result.embed_dim}]"),
+            (
+                "checked",
+                f"{result.num_compared} random images: logits of up to {result.max_logit:.3g} differ from PyTorch's by "
+                f"at most {result.max_difference:.1e}",
+            ),
+        ],
+    )
+
+
+@cli.group()
+@_version_option
+def recipe() -> None:
+    """Training settings that ship with the project."""
+
+
+@recipe.command("list", epilog=_example("clip-embed-kd recipe list"))
+@_json_option
+@_version_option
+def list_recipes(as_json: bool) -> None:
+    """Name the recipes."""
+    from pipeline.distill.recipe import shipped_recipes
+
+    names = shipped_recipes()
+    _emit(as_json, {"recipes": names}, [(name, f"clip-embed-kd recipe show {name}") for name in names])
+
+
+@recipe.command(epilog=_example("clip-embed-kd recipe show strong > mine.toml"))
+@click.argument("name", metavar="RECIPE")
+@_overrides_options
+@_json_option
+@_version_option
+def show(name: str, as_json: bool, **options: Any) -> None:
+    """Print a recipe as TOML, with what is laid over it."""
+    from pipeline.distill.recipe import load_recipe, recipe_as_toml
+
+    found = load_recipe(name, _overrides(options))
+    click.echo(_json(found.model_dump()) if as_json else recipe_as_toml(found), nl=as_json)
 
 
 @cli.group()
@@ -623,6 +754,14 @@ def _check(context: click.Context, as_json: bool) -> None:
 
 def _terminated(number: int, frame: Any) -> NoReturn:
     sys.exit(143)
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the options what is laid over the recipe."""
+    from pipeline.distill.recipe import parse_overrides
+
+    short = {name: options.pop(name) for name in ("alpha2", "epochs", "batch_size", "learning_rate")}
+    return parse_overrides(options.pop("changes")) | {name: value for name, value in short.items() if value is not None}
 
 
 def _data_settings(options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.output import check_output
 
 THUMBNAIL_PX = 96
+_NAME_LENGTH = 60
 _PIXELATED_PX = 48  # images no larger are magnified, and then show their pixels sharp
 _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _KINDS = {b"\x89PNG\r\n\x1a\n": "image/png", b"<?xml": "image/svg+xml", b"<svg": "image/svg+xml"}
@@ -161,6 +162,12 @@ def escaped(text: str) -> str:
     return html.escape("".join(repr(each)[1:-1] if _is_unruly(each) else each for each in text))
 
 
+def short_name(name: str) -> str:
+    """Return what a page shows of a name of any origin: its first 60 characters."""
+    name = name.strip() or "(no name)"
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
+
+
 def _is_unruly(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTIONS
 
@@ -206,7 +213,7 @@ def _cell(cell: Cell) -> str:
         return f'<td class="bar">{_bar(cell)}<span>{escaped(cell.text)}</span></td>'
     if isinstance(cell, int):
         return f"<td{_NUMBER}>{cell:,}</td>"
-    return f"<td><bdi>{escaped(cell)}</bdi></td>"
+    return f"<td><bdi>{_prose(cell)}</bdi></td>"
 
 
 def _bar(bar: Bar) -> str:

@@ -77,6 +77,11 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def fits_device(num_bytes: int, device: torch.device) -> bool:
+    """Tell whether data of this size may live on a GPU for a whole run: in half of what is free there."""
+    return device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 def keep_freed_memory() -> None:
     """Let this process keep freed memory for the next batch, where the C library is glibc.
 

@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM) that lets the work in hand be finished. Ctrl-C needs none of this: it stops at once."""
+"""A request to stop (SIGTERM, or Ctrl-C too) that lets the work in hand be finished."""
 
 import signal
 import threading
@@ -11,45 +11,56 @@ EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class StopRequest:
-    """Notes a first SIGTERM instead of obeying it; a second one is obeyed. A context manager.
+    """Notes a first signal instead of obeying it; a second one is obeyed. A context manager.
 
     Outside the main thread, where Python gives nobody a signal, it notes nothing.
     """
 
-    def __init__(self, in_hand: str) -> None:
+    def __init__(self, in_hand: str, signals: tuple[signal.Signals, ...] = (signal.SIGTERM,)) -> None:
         """Prepare; nothing changes before `with`.
 
         Args:
             in_hand: what is finished first, e.g. `the batch in hand`.
+            signals: which are noted.
         """
-        self._in_hand = in_hand
-        self._previous: Any = None
-        self.requested = False
+        self._in_hand, self._signals = in_hand, signals
+        self._previous: dict[int, Any] = {}
+        self._noted: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._noted is not None
 
     def __enter__(self) -> "StopRequest":
-        """Take the signal over."""
-        self._watches = threading.current_thread() is threading.main_thread()
-        if self._watches:
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+        """Take the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in self._signals}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the signal back."""
-        if self._watches:
-            signal.signal(signal.SIGTERM, self._previous)
+        """Give the signals back."""
+        self._give_back()
 
     def obey(self) -> None:
         """Leave, if so asked.
 
         Raises:
-            SystemExit: with status 143, as the signal itself would have it.
+            SystemExit: with status 143, as SIGTERM itself would have it.
+            KeyboardInterrupt: after Ctrl-C.
         """
-        if self.requested:
+        if self._noted == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._noted is not None:
             raise SystemExit(EXIT_STATUS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGTERM, self._previous)
+        self._noted = number
+        self._give_back()
         LOGGER.info("Asked to stop: after %s.", self._in_hand)
+
+    def _give_back(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

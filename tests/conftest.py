@@ -23,7 +23,22 @@ from PIL import Image
 
 for folder in ("HF_DATASETS_CACHE", "CLIP_EMBED_KD_CACHE"):
     atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
-TYPED = ("losses", "student", "targets", "loop", "evaluate", "predict")
+TYPED = (
+    "losses",
+    "method",
+    "feed",
+    "student",
+    "targets",
+    "loop",
+    "evaluate",
+    "predict",
+    "augment",
+    "boxes",
+    "colours",
+    "mix",
+    "warp",
+    "onnx_model",
+)
 install_import_hook([f"pipeline.distill.{name}" for name in TYPED], "beartype.beartype")
 install_import_hook("pipeline.extract.teacher", "beartype.beartype")
 

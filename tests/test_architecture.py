@@ -106,6 +106,7 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> 
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"cli.py", "pipeline", "store"}
     assert "pipeline/distill/recipes/paper.toml" in names
+    assert "pipeline/distill/model_card.md" in names
     assert "pipeline/demo/digits-vit/model.safetensors" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

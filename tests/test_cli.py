@@ -94,6 +94,7 @@ def test_both_stages_run_from_the_command_line(tiny_teacher: Path, saved_data: P
     assert "accuracy  top-1 " in out
     assert "images/s" in out
     assert "memory" in out
+    assert str(student / "report.html") in out
     code, out, _ = run("evaluate", "--student", student, "--dataset", saved_data, "--json")
     assert code == 0
     assert set(json.loads(out)) == {"top1", "top5", "num_images", "images_per_second", "seconds", "per_class"}
@@ -114,6 +115,7 @@ def test_json_of_extract_and_distill_is_all_that_stands_on_stdout(
     command = ("distill", "--artifact", artifact, "--dataset", saved_data, "--out", tmp_path / "run", "--json")
     _, out, _ = run(*command, "--student", "test_resnet", "--max-steps", 1)
     assert json.loads(out)["num_steps"] == 1
+    assert json.loads(out)["report"] == str(tmp_path / "run" / "report.html")
     _, out, _ = run("store", "inspect", artifact, "--json")
     assert json.loads(out)["manifest"]["teacher"]["embed_dim"] == 24
 

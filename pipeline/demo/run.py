@@ -28,7 +28,7 @@ NUM_LABELLED = 100
 ALPHAS = (0.0, 0.5)
 SEEDS = (0, 1, 2)
 # Options that are not called like their setting.
-_OPTIONS = {"config": "dataset-config", "revision": "dataset-revision", "learning_rate": "lr"}
+_OPTIONS = {"config": "dataset-config", "revision": "dataset-revision", "overrides": "set"}
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def distill_settings(out: Path, alpha2: float, seed: int) -> DistillSettings:
         cache=out / "images",
         student=STUDENT,
         recipe=str(RECIPE),
-        alpha2=alpha2,
+        overrides={"alpha2": alpha2},
         seed=seed,
         overwrite=True,
     )
@@ -151,7 +151,8 @@ def command_line(command: str, settings: ExtractSettings | DistillSettings) -> s
     for name, value in settings.model_dump(exclude_defaults=True).items():
         for option, setting in value.items() if name == "data" else [(name, value)]:
             flag = f"--{_OPTIONS.get(option, option.replace('_', '-'))}"
-            words += [flag] if setting is True else [flag, str(setting)]
+            each = [f"{key}={chosen}" for key, chosen in setting.items()] if option == "overrides" else [str(setting)]
+            words += [flag] if setting is True else [word for text in each for word in (flag, text)]
     return shlex.join(words)
 
 

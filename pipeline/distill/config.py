@@ -1,38 +1,16 @@
-"""Settings of stage two, and recipes: named sets of training settings."""
+"""Settings of stage two."""
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.data import DataSettings
-from pipeline.errors import PipelineError, describe_problems
+from pipeline.distill.recipe import SAMPLE_LOSSES, Recipe, load_recipe
+from pipeline.errors import PipelineError
 from pipeline.runtime import Precision
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Target = Literal["class", "sample", "both"]
-_RECIPES = Path(__file__).parent / "recipes"
-
-
-class Recipe(BaseModel):
-    """How a student is trained. Symbols as in the paper, section II."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=2, description="one image has no batch statistics")
-    learning_rate: float = Field(gt=0, allow_inf_nan=False, description="constant")
-    weight_decay: float = Field(ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
-    alpha2: float = Field(ge=0, le=1, description="α₂, weight of L_clip; α₁ = 1 − α₂ weighs L_CE")
-    logit_scale: float = Field(gt=0, allow_inf_nan=False, description="κ, fixed")
-    cosine_weight: float = Field(ge=0, allow_inf_nan=False, description="λ, weight of the cosine regression")
-    horizontal_flip: float = Field(ge=0, le=1, description="probability")
-    attention_dropout: float = Field(ge=0, lt=1, description="of students base and large")
 
 
 class DistillSettings(BaseModel):
@@ -44,32 +22,41 @@ class DistillSettings(BaseModel):
     data: DataSettings
     out: Path
     eval_split: str | None = Field(default=None, description="none: the data's own, else 10 % held out")
+    evaluate_every: int = Field(default=1, ge=1, description="epochs between evaluations; the last is always evaluated")
     student: str = Field(default="base", min_length=1, description="base, large, or a timm model")
+    init: str = Field(default="scratch", min_length=1, description="scratch, pretrained, or a folder of a timm model")
     image_size: int = Field(default=32, ge=1)
     recipe: str = Field(default="paper", description="a recipe's name, or a TOML file")
+    overrides: dict[str, Any] = Field(default={}, description="settings laid over the recipe, by name")
     target: Target = "class"
-    alpha2: float | None = Field(default=None, ge=0, le=1)
-    epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=2)
-    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    micro_batch: int | None = Field(default=None, ge=2, description="images that are in memory at once")
     precision: Precision = "auto"
     device: str = "auto"
+    compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
     max_missing: float = Field(default=0.0, ge=0, le=1, description="largest share of images without a target")
     join_by_index: bool = False
     skip_bad: bool = False
     cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
     overwrite: bool = False
+    resume: bool = False
+    checkpoint_minutes: float = Field(default=10.0, gt=0, allow_inf_nan=False)
 
     def resolved_recipe(self) -> Recipe:
         """Return the recipe with this run's own settings laid over it.
 
+        Losses that need sample embeddings are left out where the target is the class embeddings.
+
         Raises:
-            PipelineError: the recipe is unknown or wrong.
+            PipelineError: the recipe is unknown or wrong, or a loss of samples is asked for beside target `class`.
         """
-        own = {name: getattr(self, name) for name in ("alpha2", "epochs", "batch_size", "learning_rate")}
-        return load_recipe(self.recipe).model_copy(update={k: v for k, v in own.items() if v is not None})
+        recipe = load_recipe(self.recipe, self.overrides)
+        if self.target != "class":
+            return recipe
+        if asked := [name for name in SAMPLE_LOSSES if self.overrides.get(name)]:
+            raise PipelineError(f"{', '.join(asked)}: needs sample embeddings. Pass --target sample or both.")
+        return recipe.model_copy(update=dict.fromkeys(SAMPLE_LOSSES, 0.0) | {"replay_views": False})
 
 
 class EvaluateSettings(BaseModel):
@@ -84,28 +71,3 @@ class EvaluateSettings(BaseModel):
     device: str = "auto"
     skip_bad: bool = False
     cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
-
-
-def load_recipe(name: str) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        name: of a recipe that ships with the project, or a path that ends in `.toml`.
-
-    Returns:
-        The recipe, every value checked.
-
-    Raises:
-        PipelineError: no such recipe, not TOML, or keys or values are wrong (all of them are named).
-    """
-    path = Path(name) if name.endswith(".toml") else _RECIPES / f"{name}.toml"
-    if not path.is_file():
-        shipped = ", ".join(sorted(recipe.stem for recipe in _RECIPES.glob("*.toml")))
-        raise PipelineError(f"recipe {name!r} does not exist. Choose {shipped}, or the path of a .toml file.")
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise PipelineError(f"recipe {name}: {describe_problems(error)}") from None
-    except (ValueError, OSError) as error:
-        raise PipelineError(f"recipe {name}: cannot be read ({error}).") from None

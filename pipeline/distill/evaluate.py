@@ -19,13 +19,17 @@ from pipeline.runtime import batch_must_fit, resolve_device, resolve_precision
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in percent. `correct` and `count` [C] are per class of the student, top-1."""
+    """Accuracies in percent. `correct` and `count` [C] are per class of the student, top-1.
+
+    `predicted` [N] is the class that each image is taken for.
+    """
 
     top1: float
     top5: float
     class_names: tuple[str, ...]
     correct: NDArray[np.int64]
     count: NDArray[np.int64]
+    predicted: NDArray[np.int64]
     seconds: float
     images_per_second: float
 
@@ -65,6 +69,7 @@ def evaluate_student(
     """
     num_classes = len(student.config.class_names)
     correct, count, top5 = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), 0
+    predicted = np.empty(len(images), np.int64)
     was_training = student.training
     student.eval()
     with (
@@ -79,6 +84,7 @@ def evaluate_student(
             pixels = torch.from_numpy(images.pixels[places, 0]).to(device)
             logits = student(student.normalise(pixels))[1].float()
             best = logits.topk(min(5, num_classes), dim=1).indices.cpu().numpy()
+            predicted[start : start + batch_size] = best[:, 0]
             hit = best == labels[:, None]
             top5 += int(hit.any(axis=1).sum())
             np.add.at(correct, labels[hit[:, 0]], 1)
@@ -92,6 +98,7 @@ def evaluate_student(
         class_names=student.config.class_names,
         correct=correct,
         count=count,
+        predicted=predicted,
         seconds=bar.seconds,
         images_per_second=total / bar.seconds,
     )

@@ -1,185 +1,212 @@
-"""The training loop: one student, one projection, one optimizer, epoch by epoch."""
+"""The training loop's state and its step: what a run has learnt, and how one batch changes that."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.distill.config import Recipe, Target
-from pipeline.distill.images import DecodedImages
-from pipeline.distill.losses import (
-    class_prototype_loss,
-    cosine_regression_loss,
-    sample_contrastive_loss,
-    total_loss,
-)
+from pipeline.distill.attention import use_coarse_dropout, use_explicit_attention
+from pipeline.distill.config import Target
+from pipeline.distill.feed import step_seed
+from pipeline.distill.method import LOSSES, Batch, Method
+from pipeline.distill.optimizer import WeightAverage, learning_rate, make_optimizer
+from pipeline.distill.recipe import Recipe
+from pipeline.distill.step import ForwardBackward
 from pipeline.distill.student import Student
 from pipeline.distill.targets import Targets
 from pipeline.errors import PipelineError
-from pipeline.progress import ProgressBar
 from pipeline.runtime import batch_must_fit
+
+_CHECK_STEPS = 50  # a GPU is asked for its losses this often, for then it must have finished
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how a run computes."""
+    """Where and how a run computes. `micro_batch`: images in memory at once; none: the whole batch."""
 
     device: torch.device
     precision: torch.dtype
     seed: int
-
-    def autocast(self) -> torch.autocast:
-        """Return the context in which the student's forward pass runs."""
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+    micro_batch: int | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
-class EpochResult:
-    """Means over one epoch's images; `clip` and `cosine` are 0 where they have no weight."""
+class Progress:
+    """Where a run stands: `steps_done` of `epoch` (from 1) are done, `num_steps` in all.
 
-    loss: float
-    ce: float
-    clip: float
-    cosine: float
-    num_images: int
-    num_steps: int
-    seconds: float
+    Seconds are of training alone, over all parts of the run; `feed_seconds` of them the step waited for its batch.
+    """
+
+    epoch: int = 1
+    steps_done: int = 0
+    num_steps: int = 0
+    epoch_images: int = 0
+    epoch_seconds: float = 0.0
+    num_images: int = 0
+    seconds: float = 0.0
+    feed_seconds: float = 0.0
+
+    def after_step(self, num_images: int) -> "Progress":
+        """Return where a run stands one step later."""
+        return replace(
+            self,
+            steps_done=self.steps_done + 1,
+            num_steps=self.num_steps + 1,
+            epoch_images=self.epoch_images + num_images,
+            num_images=self.num_images + num_images,
+        )
+
+    def after_epoch(self) -> "Progress":
+        """Return where a run stands before its next epoch."""
+        return replace(self, epoch=self.epoch + 1, steps_done=0, epoch_images=0, epoch_seconds=0.0)
 
 
 class Trainer:
-    """Trains a student on images and targets.
-
-    Everything random (order, flips, dropout) follows from the seed.
-    """
+    """A student, what is learned with it, and where its training stands."""
 
     def __init__(self, student: Student, targets: Targets, target: Target, recipe: Recipe, compute: Compute) -> None:
-        """Put the student on its device and make projection and optimizer.
+        """Put everything that is learned on its device.
 
         Args:
             student: trained in place.
             targets: the joined artifact.
-            target: which of them L_clip is made of.
+            target: which embeddings L_clip is made of.
             recipe: all training settings.
-            compute: device, precision and seed.
+            compute: device, precision, seed, and how steps are cut and compiled.
         """
+        torch.manual_seed(compute.seed)
         with batch_must_fit(recipe.batch_size, "the student", smallest=2):
-            self.student = student.to(compute.device)
-        self._targets, self._target, self.recipe, self.compute = targets, target, recipe, compute
-        self._class_embeddings = targets.class_embeddings.to(compute.device)
-        # P of the paper: R^D → R^d with bias, learned. It serves the loss only and is not part of the student.
-        self.projection = nn.Linear(self._class_embeddings.shape[1], student.embed_dim).to(compute.device)
-        self._optimizer = torch.optim.AdamW(
-            [*student.parameters(), *self.projection.parameters()],
-            lr=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+            use_coarse_dropout(student.model, compute.device)
+            self.method = Method(student, targets, target, recipe).to(compute.device)
+            self.average = WeightAverage(self.method, recipe.average_decay) if recipe.average_decay else None
+        self.recipe, self.compute = recipe, compute
+        self.optimizer = make_optimizer(self.method, recipe)
+        self.progress = Progress()
+        self._sums = torch.zeros(len(LOSSES), device=compute.device)
+        self._unchecked: list[tuple[int, Tensor]] = []  # numbers of steps, from 1, and their losses
+        compiled_size = recipe.batch_size if compute.compile else None
+        self.forward_backward = ForwardBackward(self.method, compute.precision, compute.micro_batch, compiled_size)
 
-    def run_epoch(self, images: DecodedImages, epoch: int, max_steps: int | None = None) -> EpochResult:
-        """Train on every image once.
+    @property
+    def kept(self) -> Student:
+        """The student that is evaluated and kept: of the average, where there is one."""
+        return self.method.student if self.average is None else self.average.method.student
+
+    def step(self, batch: Batch, steps_per_epoch: int) -> None:
+        """Learn from one batch.
 
         Args:
-            images: the training images that `targets` were joined to.
-            epoch: from 1; it and the seed decide the order and the flips.
-            max_steps: stop after so many steps; none: all images.
-
-        Returns:
-            Mean losses and speed.
+            batch: the next one, on the device.
+            steps_per_epoch: of this data; the schedule goes by it.
 
         Raises:
             PipelineError: the loss is not finite, or memory ran out.
         """
-        generator = torch.Generator().manual_seed(self.compute.seed * 1_000_003 + epoch)
-        torch.manual_seed(self.compute.seed * 1_000_003 + epoch)
-        batches = list(_batches(len(images), self.recipe.batch_size, generator))[:max_steps]
-        sums = torch.zeros(4, device=self.compute.device)
-        num_images = sum(map(len, batches))
-        self.student.train()
+        progress, recipe = self.progress, self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, progress.num_steps, steps_per_epoch)
+        torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done))
+        self.method.train()
+        self.optimizer.zero_grad(set_to_none=True)
         with (
-            ProgressBar(f"epoch {epoch}", num_images) as bar,
-            batch_must_fit(self.recipe.batch_size, "training", smallest=2),
+            batch_must_fit(recipe.batch_size, "training", smallest=2),
+            use_explicit_attention(self.method.student.model, self.compute.device),
         ):
-            for chosen in batches:
-                flips = torch.rand(len(chosen), generator=generator) < self.recipe.horizontal_flip
-                sums += self._step(images, chosen, flips) * len(chosen)
-                bar.advance(len(chosen))
-            means = (sums / num_images).tolist()  # waits for the device
-        if not np.isfinite(means).all():
-            kept = " The student of the epoch before is kept." if epoch > 1 else ""
-            raise PipelineError(
-                f"the loss is not finite in epoch {epoch}.{kept} "
-                f"Try a lower --lr than {self.recipe.learning_rate:g}, or --precision float32."
-            )
-        return EpochResult(
-            means[0], means[1], means[2], means[3], num_images=num_images, num_steps=len(batches), seconds=bar.seconds
+            losses = self.forward_backward(batch)
+        self._unchecked.append((progress.num_steps + 1, losses))
+        if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:
+            self.check_finite()
+        if recipe.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(self.method.parameters(), recipe.gradient_clip)
+        self.optimizer.step()
+        self.method.limit_logit_scale()
+        if self.average is not None:
+            self.average.update(self.method, progress.num_steps)
+        self._sums += losses * len(batch.pixels)
+        self.progress = progress.after_step(len(batch.pixels))
+
+    def finish_epoch(self) -> dict[str, float]:
+        """Return the means of the losses over the epoch's images so far, by name, and make the kept student whole.
+
+        Raises:
+            PipelineError: a loss was not finite.
+        """
+        self.check_finite()
+        for method in (self.method, *([] if self.average is None else [self.average.method])):
+            method.classifier_from_prototypes()
+        means = (self._sums / max(self.progress.epoch_images, 1)).tolist()
+        return dict(zip(LOSSES, means, strict=True))
+
+    def begin_epoch(self) -> None:
+        """Go on to the next epoch."""
+        self.progress = self.progress.after_epoch()
+        self._sums.zero_()
+
+    def check_finite(self) -> None:
+        """Stop where a loss since the last time was not finite, before it can spoil what is kept.
+
+        Raises:
+            PipelineError: it says which loss, at which step, and the likely cause.
+        """
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked or bool(torch.stack([losses for _, losses in unchecked]).isfinite().all()):
+            return
+        number, losses = next(each for each in unchecked if not bool(each[1].isfinite().all()))
+        values = dict(zip(LOSSES, losses.tolist(), strict=True))
+        parts = [f"{name} is {value}" for name, value in values.items() if name != "loss" and not math.isfinite(value)]
+        raise PipelineError(
+            f"the loss is not finite at step {number:,}, in epoch {self.progress.epoch} "
+            f"({', '.join(parts) or 'their sum'}). {self._likely_cause()}"
         )
 
-    def finish_classifier(self) -> None:
-        """Give the student a classifier where the loss gave it none.
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a run has learnt, by name: the tensors themselves, not copies."""
+        found = {f"method.{name}": tensor for name, tensor in self.method.state_dict().items()}
+        if self.average is not None:
+            found |= {f"average.{name}": tensor for name, tensor in self.average.method.state_dict().items()}
+        for name, parameter in self.method.named_parameters():
+            for kind, tensor in self.optimizer.state[parameter].items():
+                found[f"optimizer.{kind}.{name}"] = tensor
+        return found | {"sums": self._sums}
 
-        At α₂ = 1 cross-entropy has no weight and the classifier never learns. The projected class embeddings
-        are a linear classifier too: the class whose p̂_c is nearest by cosine.
+    def restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+        """Go back to where a run stood.
+
+        Args:
+            tensors: as `tensors` returned them.
+            progress: of that moment.
+
+        Raises:
+            ValueError: the tensors are of another student, or recipe.
         """
-        if self.recipe.alpha2 < 1:
-            return
+        self.optimizer.state.clear()
+        for name, parameter in self.method.named_parameters():
+            if f"optimizer.step.{name}" in tensors:  # else no loss has reached it
+                step = torch.zeros((), device=parameter.device)  # fused AdamW wants it there
+                moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": step, **moments}
+        mine = self.tensors()
+        for name in mine.keys() | tensors.keys():
+            if name not in mine or name not in tensors:
+                raise ValueError(f"{name} is {'unknown' if name in tensors else 'missing'}")
+            if tensors[name].shape != mine[name].shape or tensors[name].dtype != mine[name].dtype:
+                raise ValueError(
+                    f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, "
+                    f"expected {mine[name].dtype} {list(mine[name].shape)}"
+                )
         with torch.no_grad():
-            prototypes = F.normalize(self.projection(self._class_embeddings), dim=1)
-            self.student.classifier.weight.copy_(prototypes)
-            self.student.classifier.bias.zero_()
+            for name, tensor in tensors.items():
+                mine[name].copy_(tensor)
+        self.progress = progress
 
-    def _step(self, images: DecodedImages, chosen: NDArray[np.int64], flips: Tensor) -> Tensor:
-        device = self.compute.device
-        pixels = torch.from_numpy(images.pixels[images.places[chosen], 0]).to(device)
-        labels = torch.from_numpy(images.labels[chosen]).to(device)
-        with self.compute.autocast():
-            embeddings, logits = self.student(self.student.normalise(_flip(pixels, flips.to(device))))
-        # Cosines of a batch differ in their third digit: the losses are computed in float32.
-        ce = F.cross_entropy(logits.float(), labels)
-        clip, cosine = self._distillation(embeddings.float(), labels, chosen)
-        loss = total_loss(ce, clip, cosine, (self.recipe.alpha2, self.recipe.cosine_weight))
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        nothing = torch.zeros_like(ce)
-        parts = [loss, ce, nothing if clip is None else clip, nothing if cosine is None else cosine]
-        return torch.stack(parts).detach()
-
-    def _distillation(
-        self, embeddings: Tensor, labels: Tensor, chosen: NDArray[np.int64]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _likely_cause(self) -> str:
         recipe = self.recipe
-        clip: list[Tensor] = []
-        cosine = None
-        if recipe.alpha2 > 0 and self._target != "sample":
-            projected = self.projection(self._class_embeddings)
-            clip.append(class_prototype_loss(embeddings, projected, labels, recipe.logit_scale))
-        if self._target != "class" and (recipe.alpha2 > 0 or recipe.cosine_weight > 0):
-            # Images without a stored embedding (under --max-missing) take no part.
-            joined = np.flatnonzero(self._targets.sample_rows[chosen] >= 0)
-            drawn = embeddings[torch.from_numpy(joined).to(embeddings.device)]
-            stored = self._targets.sample_embeddings(chosen[joined]).to(embeddings.device)
-            projected = self.projection(stored)
-            if recipe.alpha2 > 0 and len(joined):
-                ids = torch.from_numpy(self._targets.image_ids[chosen[joined]]).to(embeddings.device)
-                clip.append(sample_contrastive_loss(drawn, projected, ids, recipe.logit_scale))
-            if recipe.cosine_weight > 0 and len(joined):
-                cosine = cosine_regression_loss(drawn, projected)
-        return (torch.stack(clip).mean() if clip else None), cosine
-
-
-def _batches(num_images: int, batch_size: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
-    order = torch.randperm(num_images, generator=generator).numpy()
-    for start in range(0, num_images, batch_size):
-        batch = order[start : start + batch_size]
-        # One image has no batch statistics (BatchNorm fails) and no negatives: it waits for the next epoch.
-        if len(batch) > 1:
-            yield batch
-
-
-def _flip(pixels: UInt8[Tensor, "batch height width 3"], flips: Tensor) -> UInt8[Tensor, "batch height width 3"]:
-    return torch.where(flips[:, None, None, None], pixels.flip(2), pixels)
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.method.parameters())
+        if finite and self.compute.precision != torch.float32:
+            return "The weights are finite, so it is likely that bfloat16 is too coarse: try --precision float32."
+        calmer = f"a lower --lr than {recipe.learning_rate:g}"
+        calmer += "" if recipe.gradient_clip else ", or --set gradient_clip=1"
+        return f"It is likely that a step was too long: try {calmer}."

@@ -1,46 +1,51 @@
-"""The run directory: student, metrics and the record of everything that made them.
+"""The run directory: student, checkpoints, metrics and the record of everything that made them.
 
-    RUN/student/          config.json and model.safetensors of the last finished epoch
+    RUN/student/          config.json and model.safetensors of the last finished epoch, README.md of a finished run
+    RUN/checkpoints/      the last two, from which a stopped run goes on
     RUN/metrics.jsonl     one JSON object an epoch
     RUN/tensorboard/      the same as scalars
     RUN/run.json          settings, versions, artifact digest, results
+    RUN/report.html       all of it to look at, of a run that came to its end
 
-It appears when the first epoch is finished, so that there is no run directory without a student.
+It appears with the first checkpoint or student, so that there is no run directory with nothing to go on from.
 """
 
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.distill.config import DistillSettings, Recipe
-from pipeline.distill.evaluate import Evaluation
-from pipeline.distill.loop import Compute, EpochResult
-from pipeline.distill.student import Student, save_student, write_atomically
-from pipeline.errors import PipelineError
+from pipeline.distill.checkpoint import Checkpoints
+from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.model_card import write_model_card
+from pipeline.distill.student import save_student, write_atomically
+from pipeline.errors import PipelineError, first_line
 from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import software_versions
-from store import Artifact
 
 _SOFTWARE = ("torch", "torchvision", "timm", "datasets", "numpy", "pillow", "safetensors")
+_SCALAR_GROUPS = {"top1": "evaluation", "top5": "evaluation", "epoch": None, "step": None}
+# What a resumed run must share with the run before it: these parts of the record.
+_SHARED = ("settings", "recipe", "artifact", "data", "compute")
 
 
 class RunDirectory:
     """Writes one run directory."""
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, resume: bool) -> None:
         """Check the place; nothing is written yet.
 
         Args:
             path: the directory to make.
             overwrite: replace an older run directory there.
+            resume: go on with an older run there, if there is one.
 
         Raises:
             PipelineError: something else is there.
@@ -48,46 +53,36 @@ class RunDirectory:
         self.path = path = path.resolve() if path.is_symlink() else path
         self._record: dict[str, Any] = {}
         self._scalars: Any = None  # TensorBoard's writer
-        if path.exists() and overwrite and not (path / "run.json").is_file():
-            raise PipelineError(f"{path}: is not a run directory, so it is not overwritten. Choose another --out.")
-        check_output(path, 0, replaceable=overwrite)
-        self._work = path.absolute().with_name(f".{path.absolute().name}.partial")  # where things are written
+        self.resumes = resume and path.exists()
+        if path.exists() and (overwrite or resume) and not (path / "run.json").is_file():
+            what = "resumed" if resume else "overwritten"
+            raise PipelineError(f"{path}: is not a run directory, so it is not {what}. Choose another --out.")
+        if path.exists() and not (overwrite or resume):
+            raise PipelineError(f"{path}: exists. Pass --resume to go on with it, --overwrite, or another --out.")
+        check_output(path, 0, replaceable=overwrite or resume)
+        hidden = path.absolute().with_name(f".{path.absolute().name}.partial")
+        self._work = path if self.resumes else hidden  # where things are written
+        self._checkpoints = Checkpoints(self._work / "checkpoints")
 
     @contextmanager
-    def open(
-        self,
-        settings: DistillSettings,
-        recipe: Recipe,
-        artifact: Artifact,
-        data: dict[str, Any],
-        compute: Compute,
-    ) -> Iterator[None]:
-        """Keep the record while training goes on inside the block.
+    def open(self, record: Mapping[str, Any], trainer: Trainer) -> Iterator[None]:
+        """Keep the record while training goes on inside the block; where the run has an older part, go back to it.
 
         Args:
-            settings: of the run.
-            recipe: with the settings laid over it.
-            artifact: the teacher's side.
-            data: what to say of the images.
-            compute: device, precision and seed.
+            record: everything that made the run, in the parts `_SHARED` names.
+            trainer: at the start of the run; set to the last checkpoint.
+
+        Raises:
+            PipelineError: the older part has other settings, or its checkpoints are damaged.
         """
-        manifest = artifact.manifest
-        self._record = {
-            "status": "running",
-            "settings": settings.model_dump(mode="json"),
-            "recipe": recipe.model_dump(),
-            "artifact": {
-                "file": artifact.path.name,
-                "manifest_sha256": artifact.manifest_sha256,
-                "teacher": manifest.teacher.model_dump(),
-            },
-            "data": data,
-            "machine": _machine(compute),
-            "software": software_versions(_SOFTWARE),
-        }
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._record = {"status": "running", **record, "machine": _machine(trainer.compute)}
+        self._record["software"] = software_versions(_SOFTWARE)
         try:
-            self._work.mkdir()
+            if self.resumes:
+                self._resume(trainer)
+            else:
+                shutil.rmtree(self._work, ignore_errors=True)
+                self._work.mkdir()
             self._write_record()
             try:
                 yield
@@ -100,68 +95,111 @@ class RunDirectory:
                 raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
             raise
 
-    def log_epoch(
-        self, epoch: int, num_steps: int, learning_rate: float, result: EpochResult, evaluation: Evaluation
-    ) -> None:
+    def log_epoch(self, line: Mapping[str, float]) -> None:
         """Append one epoch to the metrics; its student has been saved before.
 
         Args:
-            epoch: from 1.
-            num_steps: since the start of the run.
-            learning_rate: of the epoch.
-            result: losses and speed.
-            evaluation: of the student after the epoch.
+            line: what to note, `epoch` and `step` (since the start of the run) among it.
         """
-        line = {
-            "epoch": epoch,
-            "step": num_steps,
-            "loss": result.loss,
-            "loss_ce": result.ce,
-            "loss_clip": result.clip,
-            "loss_cosine": result.cosine,
-            "learning_rate": learning_rate,
-            "images_per_second": result.num_images / result.seconds,
-            "seconds": result.seconds,
-            "top1": evaluation.top1,
-            "top5": evaluation.top5,
-        }
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
-            if name not in ("epoch", "step"):
-                group = "evaluation" if name.startswith("top") else "training"
-                self._scalars.add_scalar(f"{group}/{name}", value, num_steps)
+            if group := _SCALAR_GROUPS.get(name, "training"):
+                self._scalars.add_scalar(f"{group}/{name}", value, line["step"])
         self._scalars.flush()
 
-    def save(self, student: Student) -> None:
-        """Keep this student; the run directory appears with the first one."""
-        save_student(student, self._work / "student")
-        if self._work != self.path:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self._work.rename(self.path)
-            self._work = self.path
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+    def save_student(self, trainer: Trainer) -> None:
+        """Keep the student as it is now."""
+        save_student(trainer.kept, self._work / "student")
+        self._publish()
 
-            self._scalars = SummaryWriter(str(self.path / "tensorboard"))  # keeps its path, so not before the rename
+    def save_checkpoint(self, trainer: Trainer) -> None:
+        """Keep where the run stands now."""
+        self._checkpoints.save(trainer)
+        self._publish()
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Record the results and that the run came to its end."""
-        self._record |= {"status": "finished", "result": result}
+    def note(self, parts: Mapping[str, Any]) -> None:
+        """Add parts to the record."""
+        self._record |= parts
         self._write_record()
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Record the results and that the run came to its end, and write the student's model card."""
+        self.note({"status": "finished", "result": dict(result)})
+        write_model_card(self.path)
+
+    def _resume(self, trainer: Trainer) -> None:
+        try:
+            before = json.loads((self.path / "run.json").read_text("utf-8"))
+            shared = {part: dict(before[part]) for part in _SHARED}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise PipelineError(
+                f"{self.path}: run.json is damaged ({first_line(error)}), so it is not known what to go on with. "
+                "Begin anew with --overwrite."
+            ) from None
+        now = json.loads(json.dumps(self._record))
+        if differing := _differences(shared, {part: now[part] for part in _SHARED}):
+            raise PipelineError(
+                f"{self.path}: is a run of other settings: {'; '.join(differing)}. Pass the same, or another --out."
+            )
+        if before.get("software") != now["software"] or before.get("machine") != now["machine"]:
+            LOGGER.info("The run was begun with other software or on another machine: its last bits may differ.")
+        self._checkpoints.restore(trainer)
+        self._cut_metrics(trainer.progress.epoch)
+        # The epoch that ends here, or went on from here, may be noted at this very step: it is noted again.
+        self._open_scalars(purge_step=trainer.progress.num_steps)
+        LOGGER.info("Going on after step %s, in epoch %d.", f"{trainer.progress.num_steps:,}", trainer.progress.epoch)
+
+    def _cut_metrics(self, epoch: int) -> None:
+        """Leave out what a stopped part of the run noted after its last checkpoint, and half a line."""
+        path, kept = self.path / "metrics.jsonl", []
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
+                if json.loads(line)["epoch"] < epoch:
+                    kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())
+
+    def _publish(self) -> None:
+        if self._work == self.path:
+            return
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self._work.rename(self.path)
+        self._work = self.path
+        self._checkpoints.folder = self.path / "checkpoints"
+        self._open_scalars()  # it keeps its path, so not before the rename
+
+    def _open_scalars(self, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self._scalars = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     def _abandon(self, status: str) -> None:
         if self._work != self.path:
             shutil.rmtree(self._work, ignore_errors=True)
             return
+        if self.resumes and self._scalars is None:
+            return  # it was not gone on with: its record stays as it was
         self._record["status"] = status
-        with suppress(OSError):  # the disk may be full: the student stands all the same
+        with suppress(OSError):  # the disk may be full: what stands there stands all the same
             self._write_record()
-        LOGGER.info("%s: the student of the last finished epoch is kept.", self.path)
+        LOGGER.info("%s: what was learnt up to the last checkpoint is kept. Go on with --resume.", self.path)
 
     def _write_record(self) -> None:
         text = json.dumps(self._record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self._work / "run.json", text.encode())
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs: `recipe.epochs was 200, is 100`."""
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
+    return found
 
 
 def _machine(compute: Compute) -> dict[str, Any]:
@@ -170,7 +208,6 @@ def _machine(compute: Compute) -> dict[str, Any]:
         "system": platform.system(),
         "processor": platform.machine(),
         "cpu_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
         "gpu": gpu,
-        "device": str(compute.device),
-        "precision": str(compute.precision).removeprefix("torch."),
     }

@@ -1,33 +1,44 @@
-"""Stage two, from settings to run directory: check, join, train, evaluate, record."""
+"""Stage two, from settings to run directory."""
 
+import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 
-from pipeline.data import Labelled, evaluation_split, load_labelled
-from pipeline.distill.cache import cached_images
+from pipeline.distill.alignment import measure_alignment
 from pipeline.distill.config import DistillSettings
-from pipeline.distill.evaluate import evaluate_student, student_labels
-from pipeline.distill.images import DecodedImages, held_out
-from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.evaluate import Evaluation
+from pipeline.distill.images import DecodedImages
+from pipeline.distill.loop import Trainer
+from pipeline.distill.outcome import mistaken_images, outcome_of
+from pipeline.distill.preparation import Prepared, compute_for, prepare
 from pipeline.distill.record import RunDirectory
-from pipeline.distill.student import Student, build_student, student_config
-from pipeline.distill.targets import class_rows, join, verify_for
+from pipeline.distill.report_page import write_run_page
+from pipeline.distill.training import Limits, Training
 from pipeline.errors import PipelineError
 from pipeline.output import check_output
-from pipeline.progress import LOGGER, duration
-from pipeline.runtime import PeakMemory, peak_memory, resolve_device, resolve_precision
+from pipeline.progress import LOGGER
+from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory
 from store import Artifact, open_artifact
 
-_REPORT_SECONDS = 5.0  # between two lines of epochs that are shorter
+# What may be another one when a run is gone on with; paths may differ where digests tell what they lead to.
+_UNSHARED = {
+    *("artifact", "out", "overwrite", "resume", "checkpoint_minutes", "evaluate_every", "max_steps", "device"),
+    "precision",
+}
 
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What stage two made and what it took. Accuracies in percent, of the last epoch."""
+    """What stage two made and what it took.
+
+    Accuracies in percent, of the last epoch. `train_seconds` of all parts of the run; for `feed_share` of them the step
+    waited for its batch.
+    """
 
     run_directory: Path
     top1: float
@@ -36,21 +47,14 @@ class DistillResult:
     num_steps: int
     images_per_second: float
     train_seconds: float
+    feed_share: float
     seconds: float
     memory: PeakMemory
-
-
-@dataclass(frozen=True)
-class _Images:
-    train: DecodedImages
-    evaluation: DecodedImages
-    evaluation_name: str
+    report: Path | None
 
 
 def distill(settings: DistillSettings) -> DistillResult:
     """Train a student from an artifact.
-
-    Everything that can be checked is checked before the first image is decoded.
 
     Args:
         settings: what to do.
@@ -59,131 +63,94 @@ def distill(settings: DistillSettings) -> DistillResult:
         Where the student is, and figures.
 
     Raises:
-        PipelineError: anything a user can cause; a run directory stays only where it has a student.
+        PipelineError: anything a user can cause; a run directory stays only where a run can be gone on with.
         StoreError: the artifact is missing, damaged or not one.
     """
     start = time.monotonic()
+    keep_freed_memory()
     recipe = settings.resolved_recipe()
-    if recipe.cosine_weight > 0 and settings.target == "class":
-        raise PipelineError(
-            f"recipe {settings.recipe}: cosine_weight {recipe.cosine_weight:g} needs sample embeddings. "
-            "Pass --target sample or both, or set it to 0."
-        )
-    device = resolve_device(settings.device)
-    compute = Compute(device, resolve_precision(settings.precision, device), settings.seed)
-    directory = RunDirectory(settings.out, overwrite=settings.overwrite)
+    compute = compute_for(settings)
+    directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
     with open_artifact(settings.artifact) as artifact:
-        verify_for(artifact, settings.target)
-        data = load_labelled(settings.data)
-        rows = class_rows(artifact, data.class_names, data.classes_named, by_index=settings.join_by_index)
-        evaluation = _evaluation_data(settings, data.class_names)
-        torch.manual_seed(settings.seed)
-        student = build_student(
-            student_config(settings.student, settings.image_size, data.class_names, recipe.attention_dropout)
-        )
-        check_output(settings.out, _needed_bytes(student), replaceable=settings.overwrite)
-        images = _decode(settings, data, evaluation)
-        targets = join(artifact, images.train, rows, settings.target, settings.max_missing)
-        _report_join(artifact, images, targets.num_missing, settings)
-        trainer = Trainer(student, targets, settings.target, recipe, compute)
-        if recipe.alpha2 == 1:
-            LOGGER.info("At α₂ = 1 the classifier is made of the projected class embeddings.")
-        with directory.open(settings, recipe, artifact, _describe_data(data, images), compute):
-            outcome = _train(trainer, images, directory, settings.max_steps)
-            outcome = replace(outcome, seconds=time.monotonic() - start)
-            directory.finish(asdict(outcome) | {"run_directory": settings.out.name})
-            return outcome
+        prepared = prepare(settings, recipe, compute, artifact)
+        trainer = prepared.trainer
+        check_output(settings.out, _needed_bytes(trainer), replaceable=True)
+        with directory.open(_record(settings, artifact, prepared), trainer):
+            training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
+            evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
+            images = prepared.images.evaluation
+            outcome = outcome_of(evaluation, images, measure_alignment(prepared))
+            result = _result(directory.path, trainer, evaluation, time.monotonic() - start)
+            noted = asdict(result) | {"run_directory": settings.out.name}
+            del noted["report"]
+            directory.note({"result": noted, "outcome": asdict(outcome)})
+            report = _write_report(directory.path, mistaken_images(outcome, images))
+            directory.finish(noted)
+            return replace(result, report=report)
 
 
-def _train(trainer: Trainer, images: _Images, directory: RunDirectory, max_steps: int | None) -> DistillResult:
-    compute, recipe = trainer.compute, trainer.recipe
-    start = reported = time.monotonic()
-    num_steps, num_images, train_seconds = 0, 0, 0.0
-    for epoch in range(1, recipe.epochs + 1):
-        result = trainer.run_epoch(images.train, epoch, None if max_steps is None else max_steps - num_steps)
-        num_steps += result.num_steps
-        num_images += result.num_images
-        train_seconds += result.seconds
-        trainer.finish_classifier()
-        evaluation = evaluate_student(
-            trainer.student, images.evaluation, compute.device, compute.precision, recipe.batch_size
-        )
-        directory.save(trainer.student)
-        directory.log_epoch(epoch, num_steps, recipe.learning_rate, result, evaluation)
-        last = epoch == recipe.epochs or num_steps == max_steps
-        if last or time.monotonic() - reported >= _REPORT_SECONDS:
-            reported = time.monotonic()
-            LOGGER.info(
-                "Epoch %d of %d: loss %.4f, top-1 %.2f %%, %.0f images/s, %s.",
-                *(epoch, recipe.epochs, result.loss, evaluation.top1),
-                *(result.num_images / result.seconds, duration(result.seconds + evaluation.seconds)),
-            )
-        if last:
-            break
+def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: float) -> DistillResult:
+    progress = trainer.progress
     return DistillResult(
-        run_directory=directory.path,
+        run_directory=folder,
         top1=evaluation.top1,
         top5=evaluation.top5,
-        num_parameters=sum(parameter.numel() for parameter in trainer.student.parameters()),
-        num_steps=num_steps,
-        images_per_second=num_images / train_seconds,
-        train_seconds=train_seconds,
-        seconds=time.monotonic() - start,
-        memory=peak_memory(compute.device),
+        num_parameters=sum(parameter.numel() for parameter in trainer.kept.parameters()),
+        num_steps=progress.num_steps,
+        images_per_second=progress.num_images / max(progress.seconds, 1e-9),
+        train_seconds=progress.seconds,
+        feed_share=progress.feed_seconds / max(progress.seconds, 1e-9),
+        seconds=seconds,
+        memory=peak_memory(trainer.compute.device),
+        report=None,
     )
 
 
-def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
-    split = settings.eval_split or evaluation_split(settings.data)
-    if split is None:
+def _write_report(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | None:
+    """Write the page; a run that has come so far does not fail for want of it."""
+    try:
+        return write_run_page(folder, pictures)
+    except PipelineError as error:
+        LOGGER.warning("There is no report: %s", error)
         return None
-    data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
-    return replace(data, labels=student_labels(data, class_names), class_names=class_names)
 
 
-def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | None) -> _Images:
-    train = cached_images(data, settings.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
-    if evaluation is not None:
-        test = cached_images(evaluation, settings.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
-        images = _Images(train, test, f"split {evaluation.settings.split}")
-    else:
-        apart = held_out(train.keys)
-        images = _Images(train.select(~apart), train.select(apart), "held-out tenth of the training split")
-        LOGGER.info(
-            "The data has no evaluation split: %d of its %d images are held out by content.",
-            *(len(images.evaluation), len(train)),
-        )
-    if len(images.train) < 2 or len(images.evaluation) == 0:
-        raise PipelineError(
-            f"{settings.data.dataset}: {len(images.train)} images are left to train on and {len(images.evaluation)} "
-            "to evaluate on; at least 2 and 1 are needed."
-        )
-    return images
-
-
-def _report_join(artifact: Artifact, images: _Images, num_missing: int, settings: DistillSettings) -> None:
-    LOGGER.info(
-        "Joined %s: %d classes%s; %d images to train on, %d to evaluate on (%s).",
-        artifact.path.name,
-        len(artifact.manifest.classes),
-        "" if settings.target == "class" else f", {len(images.train) - num_missing} images by content",
-        *(len(images.train), len(images.evaluation), images.evaluation_name),
-    )
-    if num_missing:
-        LOGGER.info("%d training images have no sample embedding and take no part in that loss.", num_missing)
-
-
-def _describe_data(data: Labelled, images: _Images) -> dict[str, Any]:
+def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -> dict[str, Any]:
+    """Say everything that makes the run; two runs of which this is equal end in the same student."""
+    trainer, images, data = prepared.trainer, prepared.images, prepared.data
+    compute = trainer.compute
     return {
-        "name": data.name,
-        "revision": data.revision,
-        "num_classes": len(data.class_names),
-        "num_train_images": len(images.train),
-        "num_evaluation_images": len(images.evaluation),
-        "evaluated_on": images.evaluation_name,
+        "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
+        "recipe": trainer.recipe.model_dump(),
+        "artifact": {
+            "file": artifact.path.name,
+            "manifest_sha256": artifact.manifest_sha256,
+            "teacher": artifact.manifest.teacher.model_dump(),
+        },
+        "data": {
+            "name": data.name,
+            "revision": data.revision,
+            "licence": data.licence,
+            "num_classes": len(data.class_names),
+            "train_sha256": _digest(images.train),
+            "evaluation_sha256": _digest(images.evaluation),
+            "evaluated_on": images.evaluation_name,
+            "num_evaluation_images": len(images.evaluation),
+            "join": prepared.join_report.as_json(),
+        },
+        "compute": {
+            "device": compute.device.type,
+            "precision": str(compute.precision).removeprefix("torch."),
+        },
     }
 
 
-def _needed_bytes(student: Student) -> int:
-    weights = sum(parameter.nbytes for parameter in student.parameters())
-    return 2 * weights + 10_000_000  # students, metrics
+def _needed_bytes(trainer: Trainer) -> int:
+    checkpoint = sum(tensor.nbytes for tensor in trainer.tensors().values())
+    weights = sum(parameter.nbytes for parameter in trainer.method.parameters())
+    return 3 * (checkpoint + 2 * weights) + 2 * weights + 10_000_000  # the optimizer's state comes with the first step
+
+
+def _digest(images: DecodedImages) -> str:
+    """Who the images are, and in which order."""
+    return hashlib.sha256(images.keys.tobytes() + images.labels.tobytes()).hexdigest()

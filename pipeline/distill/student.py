@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 
+from pipeline.distill.recipe import Recipe
 from pipeline.errors import PipelineError
 
 _ALIGNMENT_BYTES = 64
@@ -38,6 +39,7 @@ _MODEL_ARGS = frozenset(
         "pre_norm",
         "act_layer",
         "attn_drop_rate",
+        "drop_path_rate",
     }
 )
 
@@ -103,7 +105,7 @@ class Student(nn.Module):
         return (pixels.permute(0, 3, 1, 2).contiguous().float().div(255) - self._mean) / self._std
 
 
-def student_config(name: str, image_size: int, class_names: tuple[str, ...], attention_dropout: float) -> StudentConfig:
+def student_config(name: str, image_size: int, class_names: tuple[str, ...], recipe: Recipe) -> StudentConfig:
     """Choose architecture and input of a student.
 
     Args:
@@ -111,7 +113,7 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
             embedding without bias, QuickGELU), or any timm model.
         image_size: side of the input in pixels.
         class_names: one for each output.
-        attention_dropout: of `base` and `large`.
+        recipe: attention dropout of `base` and `large`, stochastic depth of all that have it.
 
     Returns:
         The configuration.
@@ -121,7 +123,7 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
     """
     if name in _TABLE_I:
         depth, width, num_heads = _TABLE_I[name]
-        args = {
+        args: dict[str, Any] = {
             "img_size": image_size,
             "patch_size": _PATCH_PX,
             "embed_dim": width,
@@ -130,8 +132,10 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
             "mlp_ratio": 4.0,
             "pre_norm": True,
             "act_layer": "quick_gelu",
-            "attn_drop_rate": attention_dropout,
+            "attn_drop_rate": recipe.attention_dropout,
         }
+        if recipe.stochastic_depth:
+            args["drop_path_rate"] = recipe.stochastic_depth
         return StudentConfig("vit_tiny_patch16_224", args, image_size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, class_names)
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name}*")[:5] or difflib.get_close_matches(name, timm.list_models(), 5)
@@ -144,6 +148,8 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], att
     fixed = defaults is not None and defaults.fixed_input_size
     mean, std = (defaults.mean, defaults.std) if defaults else (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     args = {"img_size": image_size} if fixed else {}
+    if recipe.stochastic_depth:
+        args["drop_path_rate"] = recipe.stochastic_depth
     return StudentConfig(name, args, image_size, tuple(mean), tuple(std), class_names)
 
 
@@ -261,7 +267,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path: the file.
         content: all of it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

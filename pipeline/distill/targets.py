@@ -13,58 +13,91 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.distill.config import Target
+from pipeline.distill.decoding import ReplayedViews
 from pipeline.distill.images import DecodedImages
+from pipeline.distill.recipe import Recipe
 from pipeline.errors import PipelineError, listed
+from pipeline.views import VIEWS_VERSION
 from store import Artifact, sample_embeddings
+
+_SAMPLES = ("sample/key", "sample/label", "sample/embedding", "sample/scale")
 
 
 @dataclass(frozen=True)
 class Targets:
     """What the student is drawn to.
 
-    `class_embeddings` [C, D] float32, in the order of the data's classes. `sample_rows` [N]: each training
-    image's row in the artifact, −1 where it has none; `image_ids` [N]: equal where the image is. Both are
-    empty without sample targets.
+    Everything of classes stands in the order of the data's classes, [C, D] float32. `centre` [D] has been taken off
+    `class_embeddings` and is to be taken off sample embeddings: the mean class embedding, or 0. `head` is the ridge
+    head's weight and bias, of raw embeddings. `sample_rows` [N]: each training image's row in the artifact, −1 where
+    it has none; `image_ids` [N]: equal where the image is. Both are empty where no loss needs samples.
     """
 
     artifact: Artifact
     class_embeddings: Float[Tensor, "classes embed_dim"]
+    centre: Float[Tensor, " embed_dim"]
+    class_text: Float[Tensor, "classes embed_dim"] | None
+    head: tuple[Float[Tensor, "classes embed_dim"], Float[Tensor, " classes"]] | None
     sample_rows: NDArray[np.int64]
     image_ids: NDArray[np.int64]
-    num_missing: int
+    num_views: int
 
-    def sample_embeddings(self, images: NDArray[np.int64]) -> Float[Tensor, "batch embed_dim"]:
+    def sample_embeddings(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
         """Gather the teacher's embeddings of some training images.
 
         Args:
-            images: [B] training images that all have a row.
+            images: [B] training images.
+            views: [B] which view of each.
 
         Returns:
-            float32, on the CPU.
+            [B, D], raw; 0 for an image without a row.
         """
-        return torch.from_numpy(sample_embeddings(self.artifact, self.sample_rows[images])[:, 0])
+        rows = self.sample_rows[images]
+        embeddings = sample_embeddings(self.artifact, np.maximum(rows, 0))[np.arange(len(rows)), views]
+        embeddings[rows < 0] = 0
+        return embeddings
 
 
-def verify_for(artifact: Artifact, target: Target) -> None:
-    """Check that the artifact carries what the target needs, and every byte of that.
+def verify_for(artifact: Artifact, target: Target, recipe: Recipe) -> None:
+    """Check that the artifact carries what the losses need, and every byte of that.
 
     Args:
         artifact: the artifact.
-        target: what will be used.
+        target: which embeddings L_clip is made of.
+        recipe: the losses.
 
     Raises:
-        PipelineError: samples are asked for, and it has class embeddings only.
+        PipelineError: something that is needed is not in it, or its views are of another version.
         StoreError: a tensor is damaged.
     """
+    name, manifest = artifact.path.name, artifact.manifest
     if target != "class" and "sample/embedding" not in artifact:
         raise PipelineError(
-            f"{artifact.path.name}: has no sample embeddings, which --target {target} needs. "
+            f"{name}: has no sample embeddings, which --target {target} needs. "
             "Pass --target class, or extract with --samples."
         )
-    samples = ("sample/key", "sample/label", "sample/embedding", "sample/scale")
-    for name in ("class/mean", *(samples if target != "class" else ())):
-        if name in artifact:
-            artifact.verify(name)  # training gathers rows unchecked
+    if recipe.text_weight and "class/text" not in artifact:
+        raise PipelineError(
+            f"{name}: has no text embeddings, which text_weight {recipe.text_weight:g} needs. "
+            "Set it to 0, or extract with --class-text from a teacher like CLIP."
+        )
+    if recipe.soft_label_weight and "head/weight" not in artifact:
+        raise PipelineError(
+            f"{name}: has no ridge head, which soft_label_weight {recipe.soft_label_weight:g} needs. "
+            "Set it to 0, or extract again."
+        )
+    if recipe.replay_views and manifest.sampling.views > 1 and manifest.sampling.views_version != VIEWS_VERSION:
+        raise PipelineError(
+            f"{name}: its views are of version {manifest.sampling.views_version}, this program renders version "
+            f"{VIEWS_VERSION}: the student would not see what the teacher saw. Extract again, or train on the images "
+            "themselves with --set replay_views=false."
+        )
+    used = ["class/mean"]
+    used += ["class/text"] if recipe.text_weight else []
+    used += ["head/weight", "head/bias"] if recipe.soft_label_weight else []
+    used += [each for each in _SAMPLES if target != "class" and each in artifact]
+    for each in used:
+        artifact.verify(each)  # training gathers rows unchecked
 
 
 def class_rows(
@@ -106,36 +139,69 @@ def class_rows(
     return np.array([row_of[name] for name in class_names], np.int64)
 
 
-def join(
-    artifact: Artifact, images: DecodedImages, rows: NDArray[np.int64], target: Target, max_missing: float
-) -> Targets:
+def join(artifact: Artifact, images: DecodedImages, rows: NDArray[np.int64], target: Target, recipe: Recipe) -> Targets:
     """Join an artifact to the training images.
 
     Args:
-        artifact: verified for the target.
+        artifact: verified for the target and the recipe.
         images: the training images.
         rows: [C] the artifact's row of each class, as `class_rows` finds them.
-        target: what will be used.
-        max_missing: largest share of images without a sample embedding, 0…1.
+        target: which embeddings L_clip is made of.
+        recipe: the losses.
 
     Returns:
         The targets.
+    """
+    means = _rows_of(artifact, "class/mean", rows)
+    centre = means.mean(dim=0) if recipe.centre else torch.zeros(means.shape[1])
+    text = head = None
+    if recipe.text_weight:
+        text = _rows_of(artifact, "class/text", rows)
+        # Texts lie apart from images (arXiv 2203.02053): each kind has its own centre.
+        text = text - text.mean(dim=0) if recipe.centre else text
+    if recipe.soft_label_weight:
+        head = (_rows_of(artifact, "head/weight", rows), _rows_of(artifact, "head/bias", rows))
+    views = replayed_views(artifact, target, recipe)
+    sample_rows = image_ids = np.empty(0, np.int64)
+    if target != "class":
+        sample_rows = artifact.find(images.keys, rows[images.labels])
+        _, image_ids = np.unique(np.ascontiguousarray(images.keys).view("V16")[:, 0], return_inverse=True)
+    return Targets(
+        artifact=artifact,
+        class_embeddings=means - centre,
+        centre=centre,
+        class_text=text,
+        head=head,
+        sample_rows=sample_rows,
+        image_ids=image_ids.astype(np.int64),
+        num_views=1 if views is None else views.count,
+    )
+
+
+def replayed_views(artifact: Artifact, target: Target, recipe: Recipe) -> ReplayedViews | None:
+    """Say which views the student is shown beside the images themselves.
+
+    Args:
+        artifact: verified for the target.
+        target: what will be used.
+        recipe: whether views are replayed.
+
+    Returns:
+        Those of the artifact; none where it has no more than view 0, or that alone is used.
 
     Raises:
-        PipelineError: too many images have no sample embedding; some are named.
+        PipelineError: it does not say how large they are.
     """
-    class_embeddings = torch.from_numpy(np.array(artifact["class/mean"][rows], np.float32))
-    if target == "class":
-        nothing = np.empty(0, np.int64)
-        return Targets(artifact, class_embeddings, nothing, nothing, 0)
-    sample_rows = artifact.find(images.keys, rows[images.labels])
-    missing = np.flatnonzero(sample_rows < 0)
-    if len(missing) / len(images) > max_missing:
-        examples = listed(images.source_rows[missing].tolist())
+    sampling = artifact.manifest.sampling
+    if not recipe.replay_views or target == "class" or sampling.views == 1:
+        return None
+    if sampling.view_size is None:
         raise PipelineError(
-            f"{artifact.path.name}: {len(missing)} of {len(images)} training images have no embedding in it (rows "
-            f"{examples}). Extract with --samples --per-class all from this data "
-            f"set, or allow it with --max-missing {np.ceil(len(missing) / len(images) * 100) / 100:g}."
+            f"{artifact.path.name}: its manifest does not say how large its {sampling.views} views are. Extract again, "
+            "or train on the images themselves with --set replay_views=false."
         )
-    _, image_ids = np.unique(images.keys.view("V16")[:, 0], return_inverse=True)
-    return Targets(artifact, class_embeddings, sample_rows, image_ids.astype(np.int64), len(missing))
+    return ReplayedViews(sampling.views, sampling.seed, sampling.view_size)
+
+
+def _rows_of(artifact: Artifact, name: str, rows: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.array(artifact[name][rows], np.float32))

@@ -43,7 +43,7 @@ def check_artifact(settings: CheckSettings) -> CheckResult:
     """
     start = time.monotonic()
     keep_freed_memory()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise PipelineError("--check works in one process: start it without torchrun.")
     with open_artifact(settings.artifact) as artifact:
         _check_possible(artifact)

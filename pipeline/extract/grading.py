@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.accuracy import Accuracy, accuracy_of, most_confused
 from pipeline.extract import measures
 from pipeline.extract.measures import NUM_FOLDS, Embedded, Floats, Rows
-from pipeline.extract.report_card import MIN_CLASS_IMAGES, Accuracy, Confusion, DoubtfulLabel, ReportCard, SmallClass
+from pipeline.extract.report_card import MIN_CLASS_IMAGES, DoubtfulLabel, ReportCard, SmallClass
 from store import fit_ridge
 
 # Graded images, evaluation included: a fifth of them gives intervals of ±1.4 points, and memory does not grow beyond.
@@ -20,7 +21,6 @@ MAX_IMAGES = 20_000
 MAX_HELD_OUT = 10_000
 NUM_CONFUSED = 10
 NUM_DOUBTFUL = 24
-_Z = 1.959963984540054  # the normal distribution has 95 % within ±z
 
 
 class _Sides(NamedTuple):
@@ -86,22 +86,14 @@ def grade(
         classes_without_held_out=_names(class_names, measured == 0),
         classes_without_training=_names(class_names, (measured > 0) & (fitted == 0)),
         small_classes=_small(images.labels, class_names, max(per_class or 0, MIN_CLASS_IMAGES)),
-        confused=_confused(sides.held_out.labels, predicted[1], class_names) if predicted else (),
+        confused=most_confused(sides.held_out.labels, predicted[1], class_names, NUM_CONFUSED) if predicted else (),
         doubtful=_doubtful(sides.graded, margins, rivals, class_names),
     )
 
 
 def accuracy(right: NDArray[np.bool_]) -> Accuracy:
-    """Count the rightly classified of N ≥ 1 images, with Wilson's score interval.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", 1927: sound near 0 and 1 too.
-    """
-    number, share = len(right), float(right.mean())
-    middle = (share + _Z**2 / (2 * number)) / (1 + _Z**2 / number)
-    half = _Z / (1 + _Z**2 / number) * np.sqrt(share * (1 - share) / number + (_Z / (2 * number)) ** 2)
-    # Rounding must not put the share itself outside.
-    low, high = min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
-    return Accuracy(number, int(right.sum()), share, float(low), float(high))
+    """Count the rightly classified of N ≥ 1 images."""
+    return accuracy_of(int(right.sum()), len(right))
 
 
 def _check(images: Embedded, num_classes: int, embed_dim: int) -> None:
@@ -177,17 +169,6 @@ def _small(labels: Rows, class_names: Sequence[str], wanted: int) -> tuple[Small
     count = np.bincount(labels, minlength=len(class_names))
     order = np.argsort(count, kind="stable")
     return tuple(SmallClass(class_names[row], int(count[row])) for row in order[count[order] < wanted].tolist())
-
-
-def _confused(labels: Rows, predicted: Rows, class_names: Sequence[str]) -> tuple[Confusion, ...]:
-    num_classes, wrong = len(class_names), labels != predicted
-    cells, number = np.unique(labels[wrong] * num_classes + predicted[wrong], return_counts=True)
-    share = number / np.bincount(labels, minlength=num_classes)[cells // num_classes]
-    order = np.lexsort((cells, -share, -number))[:NUM_CONFUSED]
-    return tuple(
-        Confusion(class_names[cell // num_classes], class_names[cell % num_classes], int(count), float(part))
-        for cell, count, part in zip(cells[order], number[order], share[order], strict=True)
-    )
 
 
 def _doubtful(images: Embedded, margins: Floats, rivals: Rows, class_names: Sequence[str]) -> tuple[DoubtfulLabel, ...]:

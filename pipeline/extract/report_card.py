@@ -8,24 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pipeline.accuracy import Accuracy, Confusion, percent
+
 MIN_CLASS_IMAGES = 10
 _FAR_BETTER = 0.1
 _NARROW = 2.0  # effective rank
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Share of images classified rightly, 0…1, with its 95 % interval."""
-
-    num_images: int
-    num_right: int
-    share: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Write it for people, e.g. `67.0 % (64.9–69.0)`."""
-        return f"{percent(self.share)} ({100 * self.low:.1f}–{100 * self.high:.1f})"
 
 
 @dataclass(frozen=True)
@@ -34,16 +21,6 @@ class SmallClass:
 
     name: str
     num_images: int
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """Held-out images of one class that the ridge head takes for another, and their share of the class's."""
-
-    label: str
-    predicted: str
-    num_images: int
-    share: float
 
 
 @dataclass(frozen=True)
@@ -188,8 +165,3 @@ class ReportCard:
 
 def _count(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
-
-
-def percent(share: float) -> str:
-    """Write a share of 1 for people, e.g. `67.0 %`."""
-    return f"{100 * share:.1f} %"

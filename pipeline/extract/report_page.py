@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipeline.accuracy import percent
 from pipeline.errors import PipelineError
-from pipeline.extract.report_card import ReportCard, percent
+from pipeline.extract.report_card import ReportCard
 from pipeline.pictures import plot_artifact
-from pipeline.report import Bar, Block, Figure, Gallery, Notice, Section, Table, Thumbnail, render_report
+from pipeline.report import Bar, Block, Figure, Gallery, Notice, Section, Table, Thumbnail, render_report, short_name
 
 _NUM_SMALL = 30
-_NAME_LENGTH = 60  # of longer class names the page shows the beginning
 
 
 def report_card_page(card: ReportCard, source: str, class_map: Block, thumbnails: Mapping[int, Image.Image]) -> str:
@@ -102,7 +102,12 @@ def _confused(card: ReportCard) -> Iterator[Block]:
         yield Table(
             ("class", "taken for", "images", "share"),
             [
-                (_short(each.label), _short(each.predicted), each.num_images, Bar(each.share, percent(each.share)))
+                (
+                    short_name(each.label),
+                    short_name(each.predicted),
+                    each.num_images,
+                    Bar(each.share, percent(each.share)),
+                )
                 for each in card.confused
             ],
         )
@@ -118,7 +123,7 @@ def _doubtful(card: ReportCard, thumbnails: Mapping[int, Image.Image]) -> Iterat
             [
                 Thumbnail(
                     thumbnails.get(each.row),
-                    (_short(each.label), f"looks like {_short(each.predicted)}", f"row {each.row:,}"),
+                    (short_name(each.label), f"looks like {short_name(each.predicted)}", f"row {each.row:,}"),
                 )
                 for each in card.doubtful
             ]
@@ -128,22 +133,17 @@ def _doubtful(card: ReportCard, thumbnails: Mapping[int, Image.Image]) -> Iterat
 def _small(card: ReportCard) -> Iterator[Block]:
     if card.small_classes:
         yield Table(
-            ("class", "images"), [(_short(each.name), each.num_images) for each in card.small_classes[:_NUM_SMALL]]
+            ("class", "images"), [(short_name(each.name), each.num_images) for each in card.small_classes[:_NUM_SMALL]]
         )
         yield from _more(len(card.small_classes))
 
 
 def _names(names: Sequence[str]) -> Iterator[Block]:
     if names:
-        yield Table(("class",), [(_short(name),) for name in names[:_NUM_SMALL]])
+        yield Table(("class",), [(short_name(name),) for name in names[:_NUM_SMALL]])
         yield from _more(len(names))
 
 
 def _more(number: int) -> Iterator[Block]:
     if number > _NUM_SMALL:
         yield f"And {number - _NUM_SMALL:,} more: the card as JSON names all."
-
-
-def _short(name: str) -> str:
-    name = name.strip() or "(no name)"
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

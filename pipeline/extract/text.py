@@ -108,16 +108,19 @@ def embed_class_names(settings: ExtractSettings, classes: Sequence[str], teacher
         PipelineError: the teacher has no text tower or tokenizer, they do not fit, or a text is too long.
     """
     tower = load_text_tower(settings.teacher, teacher.info.revision or settings.teacher_revision, teacher)
-    embeddings = _mean_over_prompts(tower, settings, [name.replace("_", " ") for name in classes])
-    _check(tower, classes, embeddings, teacher)
+    names = [name.replace("_", " ") for name in classes]
+    embeddings = _mean_over_prompts(tower, settings, names, teacher.info.embed_dim)
+    _check_finite(tower, classes, embeddings)
     LOGGER.info("The names of %d classes were embedded with %d prompt(s).", len(classes), len(settings.prompts))
     return ClassText(embeddings, TextInfo(prompts=settings.prompts, weights_sha256=tower.weights_sha256))
 
 
-def _mean_over_prompts(tower: TextTower, settings: ExtractSettings, names: Sequence[str]) -> NDArray[np.float32]:
+def _mean_over_prompts(
+    tower: TextTower, settings: ExtractSettings, names: Sequence[str], embed_dim: int
+) -> NDArray[np.float32]:
     size, num_prompts = settings.batch_size or _BATCH_SIZE, len(settings.prompts)
     num_texts = len(names) * num_prompts
-    summed: NDArray[np.float64] | None = None
+    summed = np.zeros((len(names), embed_dim))
     bar = ProgressBar("embedding class names", num_texts, "texts")
     try:
         with bar, batch_must_fit(size, "the text tower"), np.errstate(invalid="ignore"):
@@ -126,8 +129,11 @@ def _mean_over_prompts(tower: TextTower, settings: ExtractSettings, names: Seque
                 classes, prompts = np.divmod(numbers, num_prompts)
                 texts = [settings.prompts[j].replace("{}", names[i]) for i, j in zip(classes, prompts, strict=True)]
                 embeddings = tower.embed(tower.tokenize(texts))
-                if summed is None:
-                    summed = np.zeros((len(names), embeddings.shape[1]))
+                if embeddings.shape[1] != embed_dim:
+                    raise PipelineError(
+                        f"{tower.name}: a text embedding has {embeddings.shape[1]} values, an image's {embed_dim}. "
+                        "They are not of one space: leave --class-text out."
+                    )
                 np.add.at(summed, classes, embeddings)
                 bar.advance(len(texts))
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
@@ -135,8 +141,7 @@ def _mean_over_prompts(tower: TextTower, settings: ExtractSettings, names: Seque
             f"{tower.name}: the text tower cannot embed the class names ({first_line(error)}). "
             "Do its config.json and its tokenizer belong together?"
         ) from error
-    mean: NDArray[np.float32] = (np.zeros((0, 0)) if summed is None else summed / num_prompts).astype(np.float32)
-    return mean
+    return (summed / num_prompts).astype(np.float32)
 
 
 def load_text_tower(name: str, revision: str | None, teacher: Teacher) -> TextTower:
@@ -168,12 +173,7 @@ def load_text_tower(name: str, revision: str | None, teacher: Teacher) -> TextTo
     return TextTower(name, model, tokenizer, weights_sha256(weights))
 
 
-def _check(tower: TextTower, classes: Sequence[str], embeddings: NDArray[np.float32], teacher: Teacher) -> None:
-    if embeddings.shape[1] != teacher.info.embed_dim:
-        raise PipelineError(
-            f"{tower.name}: a text embedding has {embeddings.shape[1]} values, an image's {teacher.info.embed_dim}. "
-            "They are not of one space: leave --class-text out."
-        )
+def _check_finite(tower: TextTower, classes: Sequence[str], embeddings: NDArray[np.float32]) -> None:
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         raise PipelineError(

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.accuracy import Confusion
 from pipeline.extract import grading, measures
 from pipeline.extract.grading import accuracy, grade
 from pipeline.extract.measures import Embedded
-from pipeline.extract.report_card import Confusion, ReportCard, SmallClass
+from pipeline.extract.report_card import ReportCard, SmallClass
 from store import fit_ridge
 
 NAMES = ("ant", "bee", "cat", "dog")

@@ -1,4 +1,4 @@
-"""A first SIGTERM is noted, a second one obeyed."""
+"""A first signal is noted, a second one obeyed."""
 
 import os
 import signal
@@ -50,3 +50,13 @@ def test_other_threads_take_no_signals(obeyed: list[int]) -> None:
     thread.join()
     os.kill(os.getpid(), signal.SIGTERM)
     assert (done, obeyed) == ([False], [signal.SIGTERM])
+
+
+def test_ctrl_c_is_noted_where_that_is_wanted() -> None:
+    with StopRequest("the step in hand", (signal.SIGINT, signal.SIGTERM)) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            stop.obey()
+        with pytest.raises(KeyboardInterrupt):  # the second one is Python's own again
+            signal.raise_signal(signal.SIGINT)

@@ -1,6 +1,7 @@
 """Artifacts, data sets and students for the tests of stage two; no teacher runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,18 @@ from PIL import Image
 import store
 from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
 from pipeline.distill.cache import cached_images
-from pipeline.distill.config import DistillSettings, Recipe, load_recipe
+from pipeline.distill.config import DistillSettings, Target
 from pipeline.distill.images import DecodedImages
+from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.recipe import Recipe, load_recipe
 from pipeline.distill.student import Student, build_student, student_config
+from pipeline.distill.targets import Targets, class_rows, join
+from pipeline.views import VIEWS_VERSION
 from tests.conftest import CLASS_NAMES
 
+CPU = torch.device("cpu")
 EMBED_DIM = 6
+TARGETS: tuple[Target, ...] = ("class", "sample", "both")
 COLOURS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
 
 JUNK = {"bytes": b"junk", "path": None}
@@ -32,18 +39,43 @@ def mean_of(name: str) -> NDArray[np.float32]:
     return np.random.default_rng(list(name.encode())).standard_normal(EMBED_DIM).astype(np.float32)
 
 
-def embedding_of(pair: Pair) -> NDArray[np.float16]:
-    """Return the sample embedding that example artifacts have of an image under a class name."""
+def text_of(name: str) -> NDArray[np.float32]:
+    """Return the text embedding that example artifacts have of a class."""
+    return mean_of(f"a photo of a {name}.")
+
+
+def head_of(name: str) -> tuple[NDArray[np.float32], float]:
+    """Return weight and bias that example artifacts have of a class."""
+    return mean_of(f"head of {name}"), len(name) / 10
+
+
+def embedding_of(pair: Pair, view: int = 0) -> NDArray[np.float16]:
+    """Return the sample embedding that example artifacts have of a view of an image under a class name."""
     key, name = pair
-    return np.random.default_rng([*key, *name.encode()]).standard_normal(EMBED_DIM).astype(np.float16)
+    return np.random.default_rng([*key, *name.encode(), view]).standard_normal(EMBED_DIM).astype(np.float16)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What an example artifact has beside class embeddings and samples."""
+
+    text: bool = True
+    head: bool = True
+    num_views: int = 1
+    view_size: int | None = 8
+    views_version: int = VIEWS_VERSION
+    classes_named: bool = True
+
+
+EVERYTHING = Extras()
+PLAIN = Extras(text=False, head=False)
 
 
 def write_example(
     path: Path,
     names: Sequence[str] = CLASS_NAMES,
     samples: Iterable[Pair] | None = None,
-    *,
-    classes_named: bool = True,
+    extras: Extras = PLAIN,
 ) -> Path:
     """Write an artifact of these classes and, with `samples`, of these images."""
     tensors: dict[str, NDArray[Any]] = {
@@ -51,13 +83,20 @@ def write_example(
         "class/count": np.ones(len(names), np.int64),
         "class/m2": np.zeros((len(names), EMBED_DIM), np.float32),
     }
+    if extras.text:
+        tensors["class/text"] = np.stack([text_of(name) for name in names])
+    if extras.head:
+        tensors["head/weight"] = np.stack([head_of(name)[0] for name in names])
+        tensors["head/bias"] = np.array([head_of(name)[1] for name in names], np.float32)
     if samples is not None:
         row_of = {name: row for row, name in enumerate(names)}
         pairs = sorted(set(samples), key=lambda pair: (pair[0], row_of[pair[1]]))
         tensors["sample/key"] = np.frombuffer(b"".join(key for key, _ in pairs), np.uint8).reshape(-1, 16)
         tensors["sample/label"] = np.array([row_of[name] for _, name in pairs], np.int32)
-        tensors["sample/embedding"] = np.stack([embedding_of(pair) for pair in pairs])[:, None]
-    store.write_artifact(path, _manifest(tuple(names), classes_named), tensors)
+        tensors["sample/embedding"] = np.stack(
+            [[embedding_of(pair, view) for view in range(extras.num_views)] for pair in pairs]
+        )
+    store.write_artifact(path, _manifest(tuple(names), extras), tensors)
     return path
 
 
@@ -107,18 +146,69 @@ def decoded(rows: datasets.Dataset, folder: Path, image_size: int = 8) -> Decode
     return cached_images(labelled(rows, folder), image_size, skip_bad=False)
 
 
+def images_of(pixels: NDArray[np.uint8], labels: Sequence[int]) -> DecodedImages:
+    """Make decoded images of pixels [N, V, size, size, 3]; the keys follow from view 0, as of real ones."""
+    keys = [sample_key(Image.fromarray(views[0])) for views in pixels]
+    numbers = np.arange(len(pixels))
+    return DecodedImages(
+        pixels, numbers, numbers, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), np.array(labels, np.int64)
+    )
+
+
+def noise_images(num_images: int, seed: int, num_views: int = 1, image_size: int = 8) -> DecodedImages:
+    """Make decoded images of noise, whose labels go round the classes; every view is different."""
+    random = np.random.default_rng(seed)
+    pixels = random.integers(0, 256, (num_images, num_views, image_size, image_size, 3), dtype=np.uint8)
+    return images_of(pixels, [row % len(CLASS_NAMES) for row in range(num_images)])
+
+
+def pairs_in(images: DecodedImages, names: Sequence[str] = CLASS_NAMES) -> list[Pair]:
+    """Return who decoded images are, and the names of their classes."""
+    return [(key.tobytes(), names[label]) for key, label in zip(images.keys, images.labels, strict=True)]
+
+
+def join_example(
+    images: DecodedImages,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    without: Collection[int] = (),
+    extras: Extras = EVERYTHING,
+) -> Targets:
+    """Join images to an artifact that lacks the samples of some of them; everything is joined that a loss may need."""
+    pairs = [pair for row, pair in enumerate(pairs_in(images)) if row not in without] or [(bytes(16), "ant")]
+    path = folder / f"{sum(1 for _ in folder.iterdir())}.safetensors"  # a targets' artifact stays open
+    write_example(path, ("dog", "cat", "ant", "bee"), pairs, extras)
+    with store.open_artifact(path) as artifact:
+        return join(artifact, images, class_rows(artifact, CLASS_NAMES, True, by_index=False), "both", recipe)
+
+
 def settings_for(artifact: Path, dataset: Path, out: Path, **fields: Any) -> DistillSettings:
-    """Return settings of a run that takes a moment."""
-    quick = {"student": "test_resnet", "image_size": 8, "epochs": 1, "batch_size": 8}
+    """Return settings of a run that takes a moment; what is the recipe's is laid over it."""
+    overrides = {"epochs": 1, "batch_size": 8, **fields.pop("overrides", {})}
+    overrides |= {name: fields.pop(name) for name in list(fields) if name in Recipe.model_fields}
+    quick = {"student": "test_resnet", "image_size": 8, "overrides": overrides}
     plain = {"device": "cpu", "precision": "float32"}
     data = DataSettings(dataset=str(dataset))
     return DistillSettings.model_validate({"artifact": artifact, "data": data, "out": out, **quick, **plain, **fields})
 
 
 def make_recipe(**fields: Any) -> Recipe:
-    """Return recipe `paper` with small batches, without flips, and with other values where given."""
-    small = {"batch_size": 4, "horizontal_flip": 0.0, "learning_rate": 1e-3}
-    return load_recipe("paper").model_copy(update={**small, **fields})
+    """Return recipe `paper` with small batches, without augmentation, and with other values where given."""
+    small = {"batch_size": 4, "augmentation.horizontal_flip": 0.0, "learning_rate": 1e-3}
+    return load_recipe("paper", {**small, **fields})
+
+
+def make_trainer(
+    targets: Targets,
+    recipe: Recipe,
+    target: Target = "class",
+    student: Student | None = None,
+    compute: Compute | None = None,
+) -> Trainer:
+    """Make a trainer of a small student, on the CPU in float32."""
+    compute = Compute(CPU, torch.float32, 0) if compute is None else compute
+    return Trainer(make_student() if student is None else student, targets, target, recipe, compute)
 
 
 def make_student(
@@ -126,7 +216,7 @@ def make_student(
 ) -> Student:
     """Build a student of known random weights, BatchNorm's running statistics among them."""
     torch.manual_seed(seed)
-    student = build_student(student_config(name, image_size, class_names, attention_dropout=0.1))
+    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
     with torch.no_grad():
         for tensor in student.model.state_dict().values():
             if tensor.is_floating_point():
@@ -149,7 +239,10 @@ def file_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def _manifest(names: tuple[str, ...], classes_named: bool) -> store.Manifest:
+def _manifest(names: tuple[str, ...], extras: Extras) -> store.Manifest:
+    views: dict[str, Any] = {"views": extras.num_views}
+    if extras.num_views > 1:
+        views |= {"view_size": extras.view_size, "views_version": extras.views_version}
     return store.Manifest(
         teacher=store.TeacherInfo(
             name="owner/teacher",
@@ -165,10 +258,10 @@ def _manifest(names: tuple[str, ...], classes_named: bool) -> store.Manifest:
             image_column="image",
             label_column="label",
             rows=30,
-            classes_named=classes_named,
+            classes_named=extras.classes_named,
         ),
         preprocessing={},
-        sampling=store.SamplingInfo(per_class=None, seed=0, batch_size=4, images_sha256="b" * 64),
+        sampling=store.SamplingInfo(per_class=None, seed=0, batch_size=4, images_sha256="b" * 64, **views),
         classes=names,
         software={"clip-embed-kd": "0.1.0"},
     )

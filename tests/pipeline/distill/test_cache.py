@@ -13,15 +13,35 @@ import datasets
 import numpy as np
 import pytest
 
+import store
 from pipeline.data import DataSettings, Labelled, load_labelled, sample_key
 from pipeline.distill import cache as module
+from pipeline.distill import distill
 from pipeline.distill.cache import cached_images, default_cache
 from pipeline.distill.cache_entry import CacheEntry
+from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.decoding import Block, ReplayedViews, decode_blocks
+from pipeline.distill.evaluate import evaluate_run
 from pipeline.distill.images import DecodedImages
+from pipeline.distill.preparation import compute_for, prepare
+from pipeline.distill.student import load_student
 from pipeline.errors import PipelineError
+from pipeline.views import render_view
 from tests.conftest import make_images, make_split
-from tests.pipeline.distill.examples import JUNK, labelled, make_rows, noise, png
+from tests.pipeline.distill.examples import (
+    JUNK,
+    Extras,
+    equal_weights,
+    labelled,
+    make_recipe,
+    make_rows,
+    noise,
+    pairs_of,
+    png,
+    settings_for,
+    weights_of,
+    write_example,
+)
 
 ROOT = Path(__file__).parents[3]
 VIEWS = ReplayedViews(count=3, seed=5, view_size=24)
@@ -132,6 +152,39 @@ def test_one_view_is_the_image_itself(saved_data: Path, folder: Path, decoded_sp
     assert decoded_splits == ["train"]
 
 
+def test_a_run_shows_the_views_of_its_artifact_and_evaluates_on_the_images(
+    saved_data: Path, folder: Path, tmp_path: Path
+) -> None:
+    pairs = pairs_of(make_split(30, 0))
+    path = write_example(tmp_path / "a.safetensors", samples=pairs, extras=Extras(num_views=3))
+    settings = settings_for(path, saved_data, tmp_path / "run", target="both", cache=folder)
+    with store.open_artifact(path) as artifact:
+        images = prepare(settings, make_recipe(replay_views=True), compute_for(settings), artifact).images
+    views = [render_view(make_images(30, 0)[7], pairs[7][0], view, seed=0, view_size=8) for view in range(3)]
+    assert (images.train.pixels[7] == np.stack([np.array(view) for view in views])).all()
+    assert images.evaluation.pixels.shape == (12, 1, 8, 8, 3)
+
+
+def test_runs_and_evaluations_share_the_cache_that_is_named(
+    saved_data: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_example(tmp_path / "a.safetensors")
+    first, second = (distill(settings_for(path, saved_data, tmp_path / name, cache=folder)) for name in ("1", "2"))
+    data = DataSettings(dataset=str(saved_data), split="test")
+    evaluate_run(EvaluateSettings(student=first.run_directory, data=data, device="cpu", cache=folder))
+    said = [line.split(" /")[0].split(" in ")[0] for line in caplog.messages if line.startswith("Images of")]
+    assert said == [
+        "Images of split train: decoded",
+        "Images of split test: decoded",
+        "Images of split train: read from the cache",
+        "Images of split test: read from the cache",
+        "Images of split test: read from the cache",
+    ]
+    assert len(entries(folder)) == 2
+    students = [weights_of(load_student(result.run_directory)) for result in (first, second)]
+    assert equal_weights(*students)  # whether images were decoded or read makes no difference
+
+
 # Who shares an entry
 
 
@@ -223,7 +276,7 @@ def test_the_second_of_two_waits_for_the_first_and_uses_what_it_made(
     assert len(calls) == 1
     assert equal(*found)
     assert caplog.messages[0] == f"Another process decodes the same images into {folder / entry}: waiting for it."
-    assert caplog.messages[-1] == f"Images of split train: read from the cache {folder / entry}."
+    assert f"Images of split train: read from the cache {folder / entry}." in caplog.messages[1:]
 
 
 # Data that changes

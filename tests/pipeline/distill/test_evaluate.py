@@ -75,6 +75,7 @@ def test_accuracies_are_those_counted_by_hand(batch_size: int, precision: torch.
     assert found.top5 == 100 * 6 / 8
     assert found.correct.tolist() == [1, 0, 1, 1, 0, 0, 0]
     assert found.count.tolist() == [4, 0, 1, 3, 0, 0, 0]
+    assert found.predicted.tolist() == [0, 1, 6, 2, 2, 5, 3, 6]
     assert found.class_names == SEVEN
     assert found.images_per_second == pytest.approx(8 / found.seconds)
 

@@ -1,278 +1,298 @@
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-import store
 from pipeline.distill import record as module
-from pipeline.distill.config import load_recipe
-from pipeline.distill.evaluate import Evaluation
-from pipeline.distill.loop import Compute, EpochResult
+from pipeline.distill.feed import Feed
+from pipeline.distill.loop import Trainer
 from pipeline.distill.record import RunDirectory
-from pipeline.distill.student import Student, load_student
+from pipeline.distill.student import load_student
 from pipeline.errors import PipelineError
-from tests.conftest import CLASS_NAMES
 from tests.pipeline.distill.examples import (
+    CPU,
     equal_weights,
     file_names,
+    join_example,
+    make_recipe,
     make_student,
-    settings_for,
+    make_trainer,
+    noise_images,
     weights_of,
-    write_example,
 )
 
-METRICS = {
-    "epoch",
-    "step",
-    "loss",
-    "loss_ce",
-    "loss_clip",
-    "loss_cosine",
-    "learning_rate",
-    "images_per_second",
-    "seconds",
-    "top1",
-    "top5",
+RECORD: dict[str, dict[str, Any]] = {
+    "settings": {"seed": 0, "data": {"split": "train"}, "eval_split": None},
+    "recipe": {"epochs": 3, "alpha2": 0.5, "augmentation": {"horizontal_flip": 0.5}},
+    "artifact": {"file": "a.safetensors", "manifest_sha256": "a" * 64},
+    "data": {"name": "images", "join": {"missing_rows": ()}},
+    "compute": {"device": "cpu", "precision": "float32"},
 }
+WHOLE = ["checkpoints", "metrics.jsonl", "run.json", "student", "tensorboard"]
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_example(tmp_path_factory.mktemp("artifact") / "a.safetensors")
+class Run:
+    """A trainer over epochs of one step, and what it does to a run directory."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        recipe, images = make_recipe(batch_size=8), noise_images(8, 0)
+        targets = join_example(images, folder, recipe)
+        self.trainer = make_trainer(targets, recipe, student=make_student(seed=seed))
+        self.feed = Feed(images, targets, recipe, CPU, 0)
+
+    def epoch(self, directory: RunDirectory) -> None:
+        """Do all that a run does in an epoch."""
+        trainer = self.trainer
+        if trainer.progress.steps_done:
+            trainer.begin_epoch()
+        for batch in self.feed.epoch(trainer.progress.epoch):
+            trainer.step(batch, self.feed.num_steps)
+        directory.save_checkpoint(trainer)
+        directory.save_student(trainer)
+        number, step = trainer.progress.epoch, trainer.progress.num_steps
+        directory.log_epoch({"epoch": number, "step": step, "loss": 3.0 / number, "top1": 50.0 + number, "top5": 100.0})
 
 
-@pytest.fixture(scope="module")
-def student() -> Student:
-    return make_student()
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    (tmp_path / "artifacts").mkdir()
+    return Run(tmp_path / "artifacts")
+
+
+@pytest.fixture
+def other(tmp_path: Path, run: Run) -> Run:
+    """Another run, of other weights."""
+    return Run(tmp_path / "artifacts", seed=1)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs" / "run"
 
 
 @contextmanager
-def recording(artifact: Path, out: Path, *, overwrite: bool = False) -> Iterator[RunDirectory]:
-    directory = RunDirectory(out, overwrite=overwrite)
-    settings = settings_for(artifact, Path("images"), out, overwrite=overwrite)
-    compute = Compute(torch.device("cpu"), torch.float32, 0)
-    with (
-        store.open_artifact(artifact) as opened,
-        directory.open(settings, load_recipe("paper"), opened, {"name": "images"}, compute),
-    ):
+def recording(
+    trainer: Trainer,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    record: Mapping[str, Any] = RECORD,
+) -> Iterator[RunDirectory]:
+    directory = RunDirectory(out, overwrite=overwrite, resume=resume)
+    with directory.open(record, trainer):
         yield directory
 
 
-def log(directory: RunDirectory, student: Student, epoch: int = 1) -> None:
-    counts = np.array([2, 2, 2])
-    evaluation = Evaluation(50.0 + epoch, 100.0, CLASS_NAMES, counts, counts, 1.0, 6.0)
-    result = EpochResult(3.0 / epoch, 2.0, 1.0, 0.5, num_images=30, num_steps=4, seconds=1.5)
-    directory.save(student)
-    directory.log_epoch(epoch, 4 * epoch, 1e-4, result, evaluation)
+def record_epochs(run: Run, out: Path, num_epochs: int, error: BaseException | None = None, **options: Any) -> None:
+    with recording(run.trainer, out, **options) as directory:
+        for _ in range(num_epochs):
+            run.epoch(directory)
+        if error is not None:
+            raise error
+        directory.finish({"top1": 51.0})
 
 
-def log_and_fail(artifact: Path, out: Path, student: Student, error: BaseException) -> None:
-    with recording(artifact, out) as directory:
-        log(directory, student)
-        raise error
+def refusal(run: Run, out: Path, **options: Any) -> str:
+    with pytest.raises(PipelineError) as caught:
+        record_epochs(run, out, 0, **options)
+    return str(caught.value)
 
 
-def run_record(folder: Path) -> dict[str, Any]:
+def place_refusal(path: Path, *, overwrite: bool = False, resume: bool = False) -> str:
+    with pytest.raises(PipelineError) as caught:
+        RunDirectory(path, overwrite=overwrite, resume=resume)
+    return str(caught.value)
+
+
+def read(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
     return found
 
 
-def test_the_directory_appears_with_the_first_student(artifact: Path, student: Student, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with recording(artifact, out) as directory:
-        assert not out.exists()
-        log(directory, student)
-        assert file_names(out) == ["metrics.jsonl", "run.json", "student", "tensorboard"]
-        assert run_record(out)["status"] == "running"
+def metrics(folder: Path) -> list[tuple[int, int]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [(line["epoch"], line["step"]) for line in lines]
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+# What is written
+
+
+def test_the_directory_appears_with_the_first_checkpoint(run: Run, out: Path) -> None:
+    with recording(run.trainer, out) as directory:
+        assert file_names(out.parent) == [".run.partial"]
+        for batch in run.feed.epoch(1):
+            run.trainer.step(batch, 1)
+        directory.save_checkpoint(run.trainer)
+        assert file_names(out) == ["checkpoints", "run.json", "tensorboard"]
+        assert read(out)["status"] == "running"
+        directory.save_student(run.trainer)
+        directory.log_epoch({"epoch": 1, "step": 1})
+        assert file_names(out) == WHOLE
         directory.finish({"top1": 51.0})
-    assert run_record(out)["status"] == "finished"
-    assert run_record(out)["result"] == {"top1": 51.0}
-    assert file_names(tmp_path) == ["run"]
-    assert equal_weights(weights_of(load_student(out)), weights_of(student))
+    assert read(out)["status"] == "finished"
+    assert read(out)["result"] == {"top1": 51.0}
+    assert file_names(out.parent) == ["run"]
+    assert file_names(out / "student") == ["config.json", "model.safetensors"]
+    assert file_names(out / "checkpoints") == ["00000001"]
+    assert equal_weights(weights_of(load_student(out)), weights_of(run.trainer.kept))
 
 
-def test_the_record_says_what_made_the_student(artifact: Path, student: Student, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with recording(artifact, out) as directory:
-        log(directory, student)
-        directory.finish({})
-    found = run_record(out)
-    with store.open_artifact(artifact) as opened:
-        assert found["artifact"] == {
-            "file": "a.safetensors",
-            "manifest_sha256": opened.manifest.sha256(),
-            "teacher": opened.manifest.teacher.model_dump(),
-        }
-    assert found["settings"] == settings_for(artifact, Path("images"), out).model_dump(mode="json")
-    assert found["recipe"] == load_recipe("paper").model_dump()
-    assert found["data"] == {"name": "images"}
-    assert set(found["machine"]) == {"system", "processor", "cpu_cores", "gpu", "device", "precision"}
-    assert (found["machine"]["gpu"], found["machine"]["device"], found["machine"]["precision"]) == (
-        None,
-        "cpu",
-        "float32",
-    )
+def test_the_record_says_what_made_the_student(run: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    found = read(out)
+    assert {part: found[part] for part in RECORD} == json.loads(json.dumps(RECORD))
+    assert set(found["machine"]) == {"system", "processor", "cpu_cores", "num_threads", "gpu"}
+    assert found["machine"]["gpu"] is None
     assert found["software"]["torch"] == version("torch")
     packages = {"python", "clip-embed-kd", "torch", "torchvision", "timm", "datasets", "numpy", "pillow", "safetensors"}
     assert set(found["software"]) == packages
+    assert set(found) == {*RECORD, "status", "machine", "software", "result"}
 
 
-def test_every_epoch_is_in_the_metrics_and_in_tensorboard(artifact: Path, student: Student, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with recording(artifact, out) as directory:
-        for epoch in (1, 2, 3):
-            log(directory, student, epoch)
+def test_every_epoch_is_in_the_metrics_and_in_tensorboard(run: Run, out: Path) -> None:
+    record_epochs(run, out, 3)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
-    assert [set(line) for line in lines] == [METRICS] * 3
-    assert [(line["step"], line["top1"]) for line in lines] == [(4, 51.0), (8, 52.0), (12, 53.0)]
-    assert lines[0] == {
-        "epoch": 1,
-        "step": 4,
-        "loss": 3.0,
-        "loss_ce": 2.0,
-        "loss_clip": 1.0,
-        "loss_cosine": 0.5,
-        "learning_rate": 1e-4,
-        "images_per_second": 20.0,
-        "seconds": 1.5,
-        "top1": 51.0,
-        "top5": 100.0,
-    }
+    assert lines[0] == {"epoch": 1, "step": 1, "loss": 3.0, "top1": 51.0, "top5": 100.0}
+    assert metrics(out) == [(1, 1), (2, 2), (3, 3)]
+    assert scalars(out, "evaluation/top1") == [(1, 51), (2, 52), (3, 53)]
+    assert scalars(out, "training/loss") == [(1, 3.0), (2, 1.5), (3, 1.0)]
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    names = {f"evaluation/{name}" if name.startswith("top") else f"training/{name}" for name in METRICS}
-    assert set(events.Tags()["scalars"]) == names - {"training/epoch", "training/step"}
-    assert [(event.step, event.value) for event in events.Scalars("evaluation/top1")] == [(4, 51), (8, 52), (12, 53)]
-    assert [event.value for event in events.Scalars("training/loss")] == [3.0, 1.5, 1.0]
+    assert set(events.Tags()["scalars"]) == {"training/loss", "evaluation/top1", "evaluation/top5"}
 
 
-def test_the_last_student_is_kept(artifact: Path, student: Student, tmp_path: Path) -> None:
-    newer = make_student(seed=1)
-    with recording(artifact, tmp_path / "run") as directory:
-        log(directory, student)
-        log(directory, newer, 2)
-    assert equal_weights(weights_of(load_student(tmp_path / "run")), weights_of(newer))
+def test_the_last_student_is_kept(run: Run, out: Path) -> None:
+    with recording(run.trainer, out) as directory:
+        run.epoch(directory)
+        first = weights_of(load_student(out))
+        run.epoch(directory)
+    assert equal_weights(weights_of(load_student(out)), weights_of(run.trainer.kept))
+    assert not equal_weights(first, weights_of(run.trainer.kept))
 
 
 # What is in the way
 
 
-def test_what_exists_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_what_exists_is_not_overwritten_unless_asked(out: Path) -> None:
     out.mkdir()
-    with pytest.raises(PipelineError) as caught:
-        RunDirectory(out, overwrite=False)
-    assert str(caught.value) == f"{out}: exists. Choose another --out, or pass --overwrite."
+    assert place_refusal(out) == f"{out}: exists. Pass --resume to go on with it, --overwrite, or another --out."
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_only_a_run_directory_is_overwritten(kind: str, tmp_path: Path) -> None:
-    out = tmp_path / "thesis"
+@pytest.mark.parametrize(("option", "what"), [("overwrite", "overwritten"), ("resume", "resumed")])
+def test_only_a_run_directory_is_overwritten_or_resumed(kind: str, option: str, what: str, out: Path) -> None:
     if kind == "file":
         out.write_text("chapter one")
     else:
         out.mkdir()
         (out / "chapter.tex").write_text("chapter one")
-    with pytest.raises(PipelineError) as caught:
-        RunDirectory(out, overwrite=True)
-    assert str(caught.value) == f"{out}: is not a run directory, so it is not overwritten. Choose another --out."
+    assert place_refusal(out, **{option: True}) == (
+        f"{out}: is not a run directory, so it is not {what}. Choose another --out."
+    )
     assert out.exists()
 
 
-def test_an_older_run_is_replaced_by_the_first_student_not_before(
-    artifact: Path, student: Student, tmp_path: Path
-) -> None:
-    out, newer = tmp_path / "run", make_student(seed=1)
-    with recording(artifact, out) as directory:
-        log(directory, student)
-        directory.finish({"top1": 51.0})
-    with recording(artifact, out, overwrite=True) as directory:
-        assert run_record(out)["status"] == "finished"
-        log(directory, newer)
-        assert run_record(out)["status"] == "running"
-    assert equal_weights(weights_of(load_student(out)), weights_of(newer))
-    assert len((out / "metrics.jsonl").read_text("utf-8").splitlines()) == 1
-    assert file_names(tmp_path) == ["run"]
+def test_an_older_run_is_replaced_by_the_first_checkpoint_not_before(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 2)
+    with recording(other.trainer, out, overwrite=True) as directory:
+        assert read(out)["status"] == "finished"
+        other.epoch(directory)
+        assert read(out)["status"] == "running"
+    assert equal_weights(weights_of(load_student(out)), weights_of(other.trainer.kept))
+    assert metrics(out) == [(1, 1)]
+    assert file_names(out / "checkpoints") == ["00000001"]
+    assert file_names(out.parent) == ["run"]
 
 
-def test_a_link_to_an_older_run_is_followed(artifact: Path, student: Student, tmp_path: Path) -> None:
+def test_a_link_to_an_older_run_is_followed(run: Run, other: Run, out: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    real, link = tmp_path / "disk" / "run", tmp_path / "run"
-    with recording(artifact, real) as directory:
-        log(directory, student)
-    link.symlink_to(real)
-    newer = make_student(seed=1)
-    with recording(artifact, link, overwrite=True) as directory:
-        log(directory, newer)
-    assert link.is_symlink()
-    assert equal_weights(weights_of(load_student(real)), weights_of(newer))
+    real = tmp_path / "disk" / "run"
+    record_epochs(run, real, 1)
+    out.symlink_to(real)
+    record_epochs(other, out, 1, overwrite=True)
+    assert out.is_symlink()
+    assert equal_weights(weights_of(load_student(real)), weights_of(other.trainer.kept))
+    record_epochs(other, out, 1, resume=True)
+    assert metrics(real) == [(2, 2)]
+    assert file_names(out.parent) == ["run"]
 
 
-def test_what_a_killed_run_left_is_removed(artifact: Path, student: Student, tmp_path: Path) -> None:
-    left = tmp_path / ".run.partial"
+def test_what_a_killed_run_left_is_removed(run: Run, out: Path) -> None:
+    left = out.parent / ".run.partial"
     (left / "student").mkdir(parents=True)
     (left / "metrics.jsonl").write_text("{}\n")
-    with recording(artifact, tmp_path / "run") as directory:
-        log(directory, student)
-    assert file_names(tmp_path) == ["run"]
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()) == 1
+    record_epochs(run, out, 1)
+    assert file_names(out.parent) == ["run"]
+    assert metrics(out) == [(1, 1)]
+
+
+def test_the_root_of_the_file_system_is_no_place_for_a_run() -> None:
+    assert place_refusal(Path("/")) == "/: exists. Pass --resume to go on with it, --overwrite, or another --out."
+    assert place_refusal(Path("/"), overwrite=True) == (
+        "/: is not a run directory, so it is not overwritten. Choose another --out."
+    )
+
+
+def test_a_folder_that_is_missing_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "missing" / "run"
+    message = f"{out}: the folder {out.parent} does not exist. Make it first."
+    assert place_refusal(out) == place_refusal(out, resume=True) == message
 
 
 # What stops a run
 
+ERRORS = [
+    (KeyboardInterrupt(), "interrupted"),
+    (SystemExit(143), "interrupted"),
+    (PipelineError("no"), "failed"),
+    (RuntimeError("bug"), "failed"),
+]
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), PipelineError("no"), RuntimeError("bug")])
-def test_before_the_first_student_nothing_is_left(error: BaseException, artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), recording(artifact, tmp_path / "run"):
-        raise error
-    assert file_names(tmp_path) == []
 
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (KeyboardInterrupt(), "interrupted"),
-        (SystemExit(143), "interrupted"),
-        (PipelineError("no"), "failed"),
-        (RuntimeError("bug"), "failed"),
-    ],
-)
-def test_after_it_the_student_and_the_reason_are_kept(
-    error: BaseException,
-    status: str,
-    artifact: Path,
-    student: Student,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(("error", "status"), ERRORS)
+def test_before_the_first_checkpoint_nothing_is_left(
+    error: BaseException, status: str, run: Run, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "clip_embed_kd")
-    out = tmp_path / "run"
     with pytest.raises(type(error)):
-        log_and_fail(artifact, out, student, error)
-    assert run_record(out)["status"] == status
-    assert "result" not in run_record(out)
-    assert equal_weights(weights_of(load_student(out)), weights_of(student))
-    assert file_names(out) == ["metrics.jsonl", "run.json", "student", "tensorboard"]
-    assert f"{out}: the student of the last finished epoch is kept." in caplog.messages
+        record_epochs(run, out, 0, error)
+    assert file_names(out.parent) == []
+    assert caplog.messages == []
 
 
-def test_an_older_run_survives_one_that_fails_early(artifact: Path, student: Student, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with recording(artifact, out) as directory:
-        log(directory, student)
-        directory.finish({})
-    with pytest.raises(KeyboardInterrupt), recording(artifact, out, overwrite=True):
-        raise KeyboardInterrupt
-    assert run_record(out)["status"] == "finished"
-    assert file_names(tmp_path) == ["run"]
+@pytest.mark.parametrize(("error", "status"), ERRORS)
+def test_after_it_what_was_learnt_and_the_reason_are_kept(
+    error: BaseException, status: str, run: Run, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "clip_embed_kd")
+    with pytest.raises(type(error)):
+        record_epochs(run, out, 1, error)
+    assert read(out)["status"] == status
+    assert "result" not in read(out)
+    assert file_names(out) == WHOLE
+    assert caplog.messages == [f"{out}: what was learnt up to the last checkpoint is kept. Go on with --resume."]
+
+
+def test_an_older_run_survives_one_that_fails_early(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    with pytest.raises(KeyboardInterrupt):
+        record_epochs(other, out, 0, KeyboardInterrupt(), overwrite=True)
+    assert read(out)["status"] == "finished"
+    assert file_names(out.parent) == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -280,28 +300,172 @@ def test_an_older_run_survives_one_that_fails_early(artifact: Path, student: Stu
     [(OSError(errno.ENOSPC, "No space left on device"), "No space left on device"), (OSError("odd"), "odd")],
 )
 def test_a_disk_that_fails_is_said(
-    error: OSError, reason: str, artifact: Path, student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: OSError, reason: str, run: Run, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(student: Student, folder: Path) -> None:
+    def fail(*arguments: Any) -> None:
         raise error
 
     monkeypatch.setattr(module, "save_student", fail)
-    out = tmp_path / "run"
-    with pytest.raises(PipelineError) as caught, recording(artifact, out) as directory:
-        log(directory, student)
+    with pytest.raises(PipelineError) as caught, recording(run.trainer, out) as directory:
+        directory.save_student(run.trainer)
     assert str(caught.value) == f"{out}: cannot be written ({reason})."
-    assert file_names(tmp_path) == []
+    assert file_names(out.parent) == []
 
 
-def test_a_disk_that_fails_later_leaves_the_student_before(artifact: Path, student: Student, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_a_disk_that_fails_later_leaves_what_stood_there(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PipelineError, match=r"cannot be written \(Input/output error\)\."):
-        log_and_fail(artifact, out, student, OSError(errno.EIO, "Input/output error"))
-    assert run_record(out)["status"] == "failed"
-    assert equal_weights(weights_of(load_student(out)), weights_of(student))
+        record_epochs(run, out, 1, OSError(errno.EIO, "Input/output error"))
+    assert read(out)["status"] == "failed"
+    assert equal_weights(weights_of(load_student(out)), weights_of(run.trainer.kept))
 
 
-def test_the_root_of_the_file_system_is_no_place_for_a_run() -> None:
-    with pytest.raises(PipelineError) as refused:
-        RunDirectory(Path("/"), overwrite=False)
-    assert str(refused.value) == "/: exists. Choose another --out, or pass --overwrite."
+def test_a_disk_that_is_full_for_the_record_too_is_said(run: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def record() -> None:
+        with recording(run.trainer, out) as directory:
+            run.epoch(directory)
+            monkeypatch.setattr(module, "write_atomically", full)
+            directory.finish({})
+
+    with pytest.raises(PipelineError) as caught:
+        record()
+    assert str(caught.value) == f"{out}: cannot be written (No space left on device)."
+    assert read(out)["status"] == "running"
+
+
+# Going on
+
+
+def test_a_stopped_run_is_gone_on_with(run: Run, other: Run, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        record_epochs(run, out, 2, KeyboardInterrupt())
+    caplog.set_level("INFO", "clip_embed_kd")
+    with recording(other.trainer, out, resume=True) as directory:
+        assert read(out)["status"] == "running"
+        assert other.trainer.progress == run.trainer.progress
+        assert equal_weights(weights_of(other.trainer.kept), weights_of(run.trainer.kept))
+        other.epoch(directory)
+        directory.finish({})
+    assert caplog.messages == ["Going on after step 2, in epoch 2."]
+    assert metrics(out) == [(1, 1), (3, 3)]  # epoch 2 is closed again by the run itself
+    assert read(out)["status"] == "finished"
+    assert file_names(out.parent) == ["run"]
+
+
+def test_an_epoch_that_is_closed_again_stands_once_in_metrics_and_tensorboard(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 2)
+    with recording(other.trainer, out, resume=True) as directory:
+        assert metrics(out) == [(1, 1)]
+        directory.log_epoch({"epoch": 2, "step": 2, "top1": 99.0})
+        other.epoch(directory)
+    assert metrics(out) == [(1, 1), (2, 2), (3, 3)]
+    assert scalars(out, "evaluation/top1") == [(1, 51), (2, 99), (3, 53)]
+
+
+def test_half_a_line_and_no_lines_are_left_out(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 2)
+    path = out / "metrics.jsonl"
+    garbage = b'{"epoch": 1, "st\n[]\n{}\n\xff\n{"epoch": "x"}\n' + b"[" * 100_000 + b'\n{"epoch": 1'
+    path.write_bytes(path.read_bytes() + garbage)
+    with recording(other.trainer, out, resume=True):
+        pass
+    assert metrics(out) == [(1, 1)]
+    path.unlink()
+    with recording(other.trainer, out, resume=True):
+        pass
+    assert path.read_bytes() == b""
+
+
+def test_where_nothing_is_a_new_run_begins(run: Run, out: Path) -> None:
+    record_epochs(run, out, 1, resume=True)
+    assert read(out)["status"] == "finished"
+    assert metrics(out) == [(1, 1)]
+    assert file_names(out.parent) == ["run"]
+
+
+def test_without_checkpoints_a_run_begins_at_its_start(
+    run: Run, other: Run, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record_epochs(run, out, 2)
+    for folder in (out / "checkpoints").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    caplog.set_level("INFO", "clip_embed_kd")
+    record_epochs(other, out, 1, resume=True)
+    assert caplog.messages == ["Going on after step 0, in epoch 1."]
+    assert metrics(out) == [(1, 1)]
+    assert scalars(out, "evaluation/top1") == [(1, 51)]
+
+
+def test_every_setting_that_differs_is_named(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    before = (out / "run.json").read_bytes()
+    changed = {
+        "settings": {"seed": 1, "data": {"split": "test"}, "eval_split": "dev"},
+        "recipe": {"epochs": 3, "alpha2": 0.25, "augmentation": {"horizontal_flip": 0.0, "operations": 1}},
+        "artifact": {"file": "a.safetensors", "manifest_sha256": "b" * 64},
+        "data": {"name": "images", "join": {"missing_rows": (3,)}},
+        "compute": {"device": "cuda", "precision": "float32"},
+    }
+    assert refusal(other, out, resume=True, record=changed) == (
+        f"{out}: is a run of other settings: settings.seed was 0, is 1; settings.data.split was 'train', is 'test'; "
+        "settings.eval_split was None, is 'dev'; recipe.alpha2 was 0.5, is 0.25; "
+        "recipe.augmentation.horizontal_flip was 0.5, is 0.0; recipe.augmentation.operations was None, is 1; "
+        f"artifact.manifest_sha256 was '{'a' * 64}', is '{'b' * 64}'; data.join.missing_rows was [], is [3]; "
+        "compute.device was 'cpu', is 'cuda'. Pass the same, or another --out."
+    )
+    assert (out / "run.json").read_bytes() == before
+    assert metrics(out) == [(1, 1)]
+    assert file_names(out.parent) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b"[]", "list indices must be integers or slices, not str"),
+        (b"{}", "'settings'"),
+        (b'{"settings": 5}', "'int' object is not iterable"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"[" * 100_000, "maximum recursion depth exceeded"),
+    ],
+    ids=["empty", "list", "no parts", "number", "not text", "deep"],
+)
+def test_a_damaged_record_is_not_gone_on_with(content: bytes, reason: str, run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    (out / "run.json").write_bytes(content)
+    message = refusal(other, out, resume=True)
+    assert message.startswith(f"{out}: run.json is damaged ({reason}")
+    assert message.endswith("), so it is not known what to go on with. Begin anew with --overwrite.")
+    assert (out / "run.json").read_bytes() == content
+
+
+def test_where_all_checkpoints_are_damaged_the_run_stays_as_it_was(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 2)
+    for path in (out / "checkpoints").glob("*/tensors.safetensors"):
+        path.write_bytes(b"")
+    before = (out / "run.json").read_bytes()
+    assert refusal(other, out, resume=True) == (
+        f"{out / 'checkpoints'}: all checkpoints are damaged. Begin anew with --overwrite."
+    )
+    assert (out / "run.json").read_bytes() == before
+    assert metrics(out) == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("part", ["software", "machine"])
+def test_other_software_or_another_machine_is_said(
+    part: str, run: Run, other: Run, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record_epochs(run, out, 1)
+    document = read(out)
+    document[part] = {}
+    (out / "run.json").write_text(json.dumps(document))
+    caplog.set_level("INFO", "clip_embed_kd")
+    record_epochs(other, out, 0, resume=True)
+    assert caplog.messages == [
+        "The run was begun with other software or on another machine: its last bits may differ.",
+        "Going on after step 1, in epoch 1.",
+    ]

@@ -6,7 +6,7 @@ What is expected is computed beside the pipeline, from the outputs of the model'
 import json
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,6 @@ DUAL = {"text_config": TEXT, "vision_config": PICTURES}
 
 Parts = dict[str, Tensor]
 Expected = Callable[[Any, Parts], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def load(folder: object, pooling: Pooling = "auto", precision: torch.dtype = torch.float32) -> Teacher:

@@ -32,15 +32,6 @@ SUFFIXES = (".safetensors", ".h5")
 Run = Callable[..., ExtractResult]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Models so small only lose by more, above all where the cores are shared.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """Where an artifact may be written, in a folder of its own."""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,15 +29,6 @@ VIT_SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
 TINY_PICTURES = TINY | {"image_size": 16, "patch_size": 8}
 TINY_TEXT = TINY | {"vocab_size": 20}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    # Models so small only lose by more, above all where the cores are shared.
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def load(

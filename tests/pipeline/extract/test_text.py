@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,6 @@ NAMES = ("ant", "wild_bee", "Cat")
 MAX_TOKENS = "Shorten --prompt or the class's name, or leave --class-text out."
 
 Run = Callable[..., ExtractResult]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def save_tokenizer(folder: Path) -> None:

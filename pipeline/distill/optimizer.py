@@ -1,0 +1,93 @@
+"""What moves the weights: AdamW, the schedule of its learning rate, and the moving average of what it makes."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.distill.method import Method
+from pipeline.distill.recipe import Recipe
+
+
+def make_optimizer(method: Method, recipe: Recipe) -> torch.optim.AdamW:
+    """Make AdamW over everything that is learned.
+
+    Args:
+        method: on its device.
+        recipe: learning rate and weight decay.
+
+    Returns:
+        The optimizer, which updates all weights in one kernel.
+    """
+    spared = set(getattr(method.student.model, "no_weight_decay", set)())
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in method.named_parameters():
+        weight = parameter.ndim > 1 and name.removeprefix("student.model.") not in spared
+        decays = name != "log_logit_scale" and (recipe.decay_all or weight)
+        (decayed if decays else rest).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}]
+    groups += [{"params": rest, "weight_decay": 0.0}] if rest else []
+    return torch.optim.AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        recipe: its highest value, warm-up and schedule.
+        step: from 0, since the start of the run.
+        steps_per_epoch: of this data.
+
+    Returns:
+        A straight rise over the warm-up, then constant, or half a cosine that would be 0 one step after the last one
+        (arXiv 1608.03983, without restarts).
+    """
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    share = (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class WeightAverage:
+    """A moving average of all that is learned; its student is the one that is kept (arXiv 1803.05407, 2104.03602)."""
+
+    def __init__(self, method: Method, decay: float) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            method: on its device.
+            decay: what stays at each step; less in the first steps, which are far from the last.
+        """
+        self.method = copy.deepcopy(method)
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, method: Method, step: int) -> None:
+        """Take one more step into the average.
+
+        Args:
+            method: after the step.
+            step: from 0, since the start of the run.
+        """
+        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        averaged, learned = _tensors(self.method), _tensors(method)
+        torch._foreach_lerp_(averaged[0], learned[0], share)
+        for mine, other in zip(averaged[1], learned[1], strict=True):
+            mine.copy_(other)
+
+
+def _tensors(module: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    state = module.state_dict().values()
+    floating = [tensor for tensor in state if tensor.is_floating_point()]
+    return floating, [tensor for tensor in state if not tensor.is_floating_point()]

@@ -1,0 +1,87 @@
+"""One step of training: forward and backward pass by parts of a batch, compiled where that is asked for."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pipeline.distill.method import LOSSES, Batch, Method
+from pipeline.errors import first_line
+from pipeline.progress import LOGGER
+
+
+class ForwardBackward:
+    """Computes losses and gradients of a batch."""
+
+    def __init__(
+        self, method: Method, precision: torch.dtype, micro_batch: int | None, compiled_size: int | None = None
+    ) -> None:
+        """Prepare; compilation happens with the first batch of that size.
+
+        Args:
+            method: on its device, in training mode when called.
+            precision: of the student's forward pass.
+            micro_batch: images in memory at once; none: the whole batch.
+            compiled_size: use `torch.compile` for batches of so many images; where it fails, say why and go on
+                without. None: never.
+        """
+        self._method, self.precision, self.micro_batch = method, precision, micro_batch
+        # A short last batch would be compiled for on its own, for a minute, and then come once an epoch.
+        self._compiled_size = compiled_size
+        self._compiled: Callable[..., Tensor] | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps are, or will be, compiled."""
+        return self._compiled_size is not None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Add the gradients of a batch's loss to what the parameters have.
+
+        Args:
+            batch: on the method's device.
+
+        Returns:
+            The losses named in `LOSSES`, detached.
+        """
+        if len(batch.pixels) == self._compiled_size and self._compiled is None:
+            self._compile(batch)
+        if len(batch.pixels) == self._compiled_size and self._compiled is not None:
+            return self._run(self._compiled, batch)
+        return self._run(self._method, batch)
+
+    def _run(self, method: Callable[..., Tensor], batch: Batch) -> Tensor:
+        losses = torch.zeros(len(LOSSES), device=batch.pixels.device)
+        for start, stop in self._parts(len(batch.pixels)):
+            if batch.pixels.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            with torch.autocast(batch.pixels.device.type, self.precision, enabled=self.precision != torch.float32):
+                part = method(batch, start, stop)
+            part[0].backward()  # type: ignore[no-untyped-call]
+            losses += part.detach()
+        return losses
+
+    def _parts(self, size: int) -> Iterator[tuple[int, int]]:
+        step = self.micro_batch or size
+        starts = list(range(0, size, step))
+        if len(starts) > 1 and size - starts[-1] == 1:
+            starts.pop()  # one image has no batch statistics: it goes with those before it
+        yield from zip(starts, [*starts[1:], size], strict=True)
+
+    def _compile(self, batch: Batch) -> None:
+        kept = [buffer.clone() for buffer in self._method.buffers()]
+        seed = torch.initial_seed()
+        # CUDA graphs: a small student's step is shorter than the launches of its kernels.
+        mode = "reduce-overhead" if batch.pixels.device.type == "cuda" else None
+        LOGGER.info("Compiling the step, which takes a minute or so.")
+        try:
+            self._compiled = torch.compile(self._method, mode=mode, dynamic=False)
+            self._run(self._compiled, batch)
+        except Exception as error:  # whatever a compiler's absence or a model it cannot take may raise
+            self._compiled_size = self._compiled = None
+            LOGGER.info("The step is not compiled (%s): going on without.", first_line(error)[:300])
+        # The trial leaves no trace, not even in what dropout draws: a resumed run has it at another step.
+        for buffer, value in zip(self._method.buffers(), kept, strict=True):
+            buffer.copy_(value)
+        self._method.zero_grad(set_to_none=True)
+        torch.manual_seed(seed)
