@@ -9,7 +9,7 @@ import pytest
 
 import store
 from pipeline.data import BadImageError, DataSettings, load_labelled, sample_key
-from pipeline.distill.images import decode_images
+from pipeline.distill.cache import cached_images
 from pipeline.distill.join_report import report_join
 from pipeline.distill.recipe import load_recipe
 from pipeline.distill.targets import class_rows, join, verify_for
@@ -50,7 +50,7 @@ def test_equal_images_under_different_labels_survive_samples_and_join(tmp_path: 
     out = extract(ExtractSettings(teacher=teacher, data=settings, out=tmp_path / "equal.h5", samples=True)).path
 
     data = load_labelled(settings)
-    images = decode_images(data, 32, skip_bad=False)
+    images = cached_images(data, 32, skip_bad=False)
     with store.open_artifact(out) as artifact:
         recipe = load_recipe("paper")
         verify_for(artifact, "sample", recipe)

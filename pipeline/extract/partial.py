@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import PipelineError, first_line
-from pipeline.extract.folder_lock import LOCK_NAME, FolderLock
+from pipeline.folder_lock import LOCK_NAME, FolderLock
 
 PARTIAL_VERSION = 1
 _SETTINGS = "settings.json"
@@ -56,7 +56,9 @@ class PartialFolder:
         """
         self.path = path
         self.is_open = False
-        self._lock = FolderLock(path)
+        self._lock = FolderLock(
+            path, f"{path}: another extraction is at work in it. Wait for it, or choose another --out."
+        )
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
         """Make the folder, or take up one that was made with the same settings.
