@@ -8,7 +8,6 @@ names another. With --device cuda it makes its own: JPEG files, and a ViT-B/16 o
 A check or a target that is false makes it exit 1, once everything is written; a trial (--images) has no targets.
 """
 
-import json
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from benchmarks.extract_speed import (
     rate_of_extraction,
     rate_of_pipeline,
 )
+from benchmarks.figure_book import FigureBook, Figures
 from pipeline.extract.preparation import BATCH_SIZES as DEFAULT_BATCH_SIZES
 from pipeline.runtime import Precision, keep_freed_memory, resolve_device, resolve_precision
 
@@ -50,7 +51,6 @@ ASSEMBLED_IMAGES = (250_000, 1_000_000)
 BATCH_SIZES, ROUNDS = (8, 16, 32, 64, 128), 3
 KNOWN_PERCENT = {"nearest_mean": 67.0, "ridge": 68.5}  # ViT-Ti/16 on the test split of CIFAR-100
 IDLE = "import torch; print(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])"
-Figures = dict[str, Any]
 
 
 @click.command()
@@ -71,24 +71,11 @@ def main(only: tuple[str, ...], **options: Any) -> None:
     if unknown := set(only) - set(MEASURES):
         raise click.UsageError(f"--only {', '.join(sorted(unknown))}: expected {', '.join(MEASURES)}")
     setup = choose_setup(**options)
-    path, facts = setup.work / "extract.json", machine(setup.device)
-    figures: Figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"machine": facts}
-    if figures["machine"] != facts:
-        raise click.UsageError(f"{path} is of another machine: {figures['machine']}. Choose another --work.")
-    failed = []
+    of, facts = setup.described(), machine(setup.device)
+    book = FigureBook(setup.work / "extract.json", facts, of, is_trial=setup.images is not None)
     for name in only or usual_measures(setup):
-        try:
-            measured = MEASURES[name](setup)
-        except subprocess.CalledProcessError as error:  # says itself why; the other measures go on
-            measured = {"checks": {"the command succeeds": False}, "exit status": error.returncode}
-        figures[name] = {"of": setup.described(), **measured}
-        path.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-        click.echo(f"{name}: {json.dumps(figures[name], indent=2)}")
-        judged = measured.get("checks", {}) | ({} if setup.images else measured.get("targets", {}))
-        failed += [f"{name}, {text}" for text, holds in judged.items() if not holds]
-    for text in failed:
-        click.echo(f"false: {text}", err=True)
-    sys.exit(1 if failed else 0)
+        book.measure(name, partial(MEASURES[name], setup))
+    book.finish()
 
 
 def measure_forward(setup: Setup) -> Figures:

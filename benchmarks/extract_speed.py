@@ -13,6 +13,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import store
 from benchmarks.extract_setup import Setup, fresh_folder
+from benchmarks.figure_book import Figures
 from pipeline.data import load_labelled, sample_key, to_rgb
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder
@@ -21,7 +22,6 @@ from pipeline.extract.preparation import load_settings_teacher, make_embedder
 from pipeline.runtime import Precision, resolve_device
 
 WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16
-Figures = dict[str, Any]
 
 
 def make_bench_embedder(setup: Setup, precision: Precision, images: int) -> Embedder:

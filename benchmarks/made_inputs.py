@@ -48,7 +48,7 @@ def jpeg_images(work: Path, num_images: int) -> Path:
     if not folder.exists():
         datasets.disable_progress_bars()
         starts = range(0, num_images, SHARD_IMAGES)
-        with _whole(folder) as unfinished, ThreadPoolExecutor() as threads:
+        with whole_folder(folder) as unfinished, ThreadPoolExecutor() as threads:
             for shard, start in enumerate(starts):
                 rows = range(start, min(num_images, start + SHARD_IMAGES))
                 cells = [{"bytes": content, "path": None} for content in threads.map(_jpeg, rows)]
@@ -66,7 +66,7 @@ def _teacher(folder: Path, config: transformers.ViTConfig) -> Path:
         transformers.utils.logging.disable_progress_bar()
         torch.manual_seed(0)
         side = {"height": config.image_size, "width": config.image_size}
-        with _whole(folder) as unfinished:
+        with whole_folder(folder) as unfinished:
             transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(unfinished)
             transformers.ViTImageProcessor(size=side).save_pretrained(unfinished)
     return folder
@@ -87,7 +87,7 @@ def _noise(random: np.random.Generator, grid_px: tuple[int, int]) -> NDArray[np.
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which gets its name when it is full."""
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

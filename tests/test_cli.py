@@ -120,6 +120,50 @@ def test_json_of_extract_and_distill_is_all_that_stands_on_stdout(
     assert json.loads(out)["manifest"]["teacher"]["embed_dim"] == 24
 
 
+def test_a_run_takes_settings_of_its_recipe_and_is_gone_on_with(
+    artifact: Path, saved_data: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "run"
+    command: list[object] = ["distill", "--artifact", artifact, "--dataset", saved_data, "--out", out, "--json"]
+    command += ["--student", "test_vit", "--image-size", 16, "--target", "both", "--recipe", "strong", "--resume"]
+    command += ["--set", "augmentation.operations=0", "--set", "schedule=constant", "--set", "stochastic_depth=0"]
+    command += ["--alpha2", 0.25, "--epochs", 2, "--batch-size", 8, "--lr", 0.01]
+    code, out_text, err = run(*command, "--max-steps", 3)
+    assert code == 0
+    assert json.loads(out_text)["num_steps"] == 3
+    recipe = json.loads((out / "run.json").read_text())["recipe"]
+    assert (recipe["alpha2"], recipe["epochs"], recipe["batch_size"], recipe["learning_rate"]) == (0.25, 2, 8, 0.01)
+    assert (recipe["schedule"], recipe["stochastic_depth"], recipe["augmentation"]["operations"]) == ("constant", 0, 0)
+    assert recipe["augmentation"]["mixup_alpha"] == 0.8
+    code, out_text, err = run(*command)
+    assert code == 0
+    assert "Going on after step 3, in epoch 1." in err
+    assert json.loads(out_text)["num_steps"] == 8
+    code, _, err = run(*command, "--seed", 7)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        f"Error: {out}: is a run of other settings: settings.seed was 0, is 7. Pass the same, or another --out."
+    )
+
+
+def test_recipes_are_listed_and_shown_as_files_that_can_be_trained_with(tmp_path: Path, run: Run) -> None:
+    from pipeline.distill.recipe import load_recipe
+
+    code, out, _ = run("recipe", "list")
+    assert (code, out) == (0, "paper   clip-embed-kd recipe show paper\nstrong  clip-embed-kd recipe show strong\n")
+    assert json.loads(run("recipe", "list", "--json")[1]) == {"recipes": ["paper", "strong"]}
+    for name in ("paper", "strong"):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(run("recipe", "show", name)[1], "utf-8")
+        assert load_recipe(str(path)) == load_recipe(name)
+        assert run("recipe", "show", path)[1] == path.read_text("utf-8")
+        assert json.loads(run("recipe", "show", name, "--json")[1]) == load_recipe(name).model_dump()
+    changed = run("recipe", "show", "strong", "--lr", 0.5, "--set", "augmentation.operations=3")[1]
+    (tmp_path / "changed.toml").write_text(changed, "utf-8")
+    expected = load_recipe("strong", {"learning_rate": 0.5, "augmentation.operations": 3})
+    assert load_recipe(str(tmp_path / "changed.toml")) == expected
+
+
 def test_an_artifact_is_checked_from_the_command_line(
     tiny_teacher: Path, saved_data: Path, artifact: Path, run: Run
 ) -> None:
@@ -279,7 +323,73 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             1,
             "student 'hal9000' is neither base, large nor a ",
         ),
-        "an unknown recipe": ([*distill, "--recipe", "cake"], 1, "recipe 'cake' does not exist. Choose paper, or the "),
+        "an unknown recipe": (
+            [*distill, "--recipe", "cake"],
+            1,
+            "recipe 'cake' does not exist. Choose paper, strong, or the path of a .toml file.",
+        ),
+        "a recipe that is none": (
+            [*distill, "--recipe", folder / "recipe.toml"],
+            1,
+            f"recipe {folder / 'recipe.toml'}: cannot be read (",
+        ),
+        "settings that the recipe does not have": (
+            [*distill, "--set", "speed=9", "--set", "epochs=0", "--set", "augmentation=1"],
+            1,
+            "recipe paper: epochs: input should be greater than or equal to 1, found 0; augmentation: input should be "
+            "a valid dictionary or instance of Augmentation, found 1; speed: unknown setting",
+        ),
+        "a setting without a value": (
+            [*distill, "--set", "epochs"],
+            1,
+            "--set 'epochs': expected KEY=VALUE, such as label_smoothing=0.1.",
+        ),
+        "a setting that stands there twice": (
+            [*distill, "--set", "epochs=1", "--set", "epochs=2"],
+            1,
+            "--set epochs: is given twice.",
+        ),
+        "a loss of samples without samples": (
+            [*distill, "--set", "cosine_weight=1"],
+            1,
+            "cosine_weight: needs sample embeddings. Pass --target sample or both.",
+        ),
+        "weights to begin with that are none": (
+            [*distill, "--init", folder / "none"],
+            1,
+            f"--init {folder / 'none'}: no model.safetensors there. Pass scratch, pretrained, a run directory or a ",
+        ),
+        "one image in memory at once": (
+            [*distill, "--micro-batch", 1],
+            2,
+            "Invalid value for '--micro-batch': 1 is not",
+        ),
+        "no time between checkpoints": (
+            [*distill, "--checkpoint-minutes", 0],
+            2,
+            "Invalid value for '--checkpoint-minutes': 0.0 is not in the range",
+        ),
+        "endless time between checkpoints": (
+            [*distill, "--checkpoint-minutes", "inf"],
+            2,
+            "checkpoint_minutes: input should be a finite number",
+        ),
+        "a run to go on with that is none": (
+            [*distill, "--out", folder / "two", "--resume"],
+            1,
+            f"{folder / 'two'}: is not a run directory, so it is not resumed. Choose another --out.",
+        ),
+        "a run in the way": (
+            [*distill, "--out", folder / "two"],
+            1,
+            f"{folder / 'two'}: exists. Pass --resume to go on with it, --overwrite, or another --out.",
+        ),
+        "an unknown recipe to show": (["recipe", "show", "cake"], 1, "recipe 'cake' does not exist. Choose paper, str"),
+        "a wrong setting to show": (
+            ["recipe", "show", "paper", "--set", "epochs=x"],
+            1,
+            "recipe paper: epochs: input should be a valid integer, unable to parse string as an integer, found 'x'",
+        ),
         "a number out of range": (
             [*distill, "--alpha2", 2],
             2,
@@ -313,6 +423,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     position = int.from_bytes(damaged[:8], "little") + 8
     damaged[position + 3 * 8 + 3 * 24 * 4] ^= 1  # class/mean stands behind class/count and class/m2
     (tmp_path / "damaged.safetensors").write_bytes(damaged)
+    (tmp_path / "recipe.toml").write_text("epochs: 3")
 
     arguments, expected_code, expected = bad_inputs(tiny_teacher, saved_data, artifact, tmp_path)[name]
     code, out, err = run(*arguments)
@@ -368,7 +479,7 @@ def test_a_run_that_is_stopped_leaves_a_whole_student_or_nothing(
     command += ["--out", str(out), "--student", "test_resnet", "--epochs", "100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (out / "run.json").exists() and time.monotonic() < deadline:
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -379,6 +490,7 @@ def test_a_run_that_is_stopped_leaves_a_whole_student_or_nothing(
     from pipeline.distill.student import load_student
 
     assert load_student(out).config.class_names == ("ant", "bee", "cat")
+    assert sorted(path.name for path in (out / "checkpoints").iterdir())[-1].isdecimal()
 
 
 def _float() -> object:

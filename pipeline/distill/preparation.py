@@ -19,6 +19,7 @@ from pipeline.distill.recipe import Recipe
 from pipeline.distill.student import Student, build_student, student_config
 from pipeline.distill.targets import Targets, class_rows, join, replayed_views, verify_for
 from pipeline.errors import PipelineError
+from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import resolve_device, resolve_precision
 from store import Artifact
@@ -80,6 +81,7 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
     initialise(student, settings.init)
+    check_output(settings.out, _needed_bytes(student), replaceable=True)
     images = _decode(settings, data, evaluation, replayed_views(artifact, settings.target, recipe))
     targets = join(artifact, images.train, rows, settings.target, recipe)
     report = report_join(targets, images.train, settings.max_missing)
@@ -120,6 +122,11 @@ def _decode(
             "to evaluate on; at least 2 and 1 are needed."
         )
     return images
+
+
+def _needed_bytes(student: Student) -> int:
+    weights = sum(parameter.nbytes for parameter in student.parameters())
+    return 14 * weights + 10_000_000  # three checkpoints with two moments and an average, two students, metrics
 
 
 def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:

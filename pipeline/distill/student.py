@@ -113,7 +113,7 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], rec
             embedding without bias, QuickGELU), or any timm model.
         image_size: side of the input in pixels.
         class_names: one for each output.
-        recipe: attention dropout of `base` and `large`, stochastic depth of all that have it.
+        recipe: attention dropout of `base` and `large`, stochastic depth of all.
 
     Returns:
         The configuration.
@@ -163,7 +163,8 @@ def build_student(config: StudentConfig) -> Student:
         The student, on the CPU, in evaluation mode.
 
     Raises:
-        PipelineError: it does not take images of this size, or cannot be split into embedding and classifier.
+        PipelineError: it does not take images of this size, has no stochastic depth where the recipe wants it, or
+            cannot be split into embedding and classifier.
     """
     size, where = config.image_size, f"student {config.architecture}"
     try:
@@ -180,6 +181,8 @@ def build_student(config: StudentConfig) -> Student:
             whole = model(pixels)
     except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if "'drop_path_rate'" in detail:
+            raise PipelineError(f"{where}: has no stochastic depth. Pass --set stochastic_depth=0.") from None
         raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({detail}).") from error
     if not {tensor.dtype for tensor in model.state_dict().values()} <= set(_DTYPE_CODES):
         raise PipelineError(f"{where}: has weights of other types than float32 and int64. Choose another model.")

@@ -9,7 +9,8 @@ from pipeline.data import DataSettings
 from pipeline.demo import run as module
 from pipeline.demo.run import TEACHER, command_line, distill_settings, extract_settings, run_demo
 from pipeline.distill import DistillSettings
-from pipeline.distill.config import load_recipe
+from pipeline.distill.augment import Augmentation
+from pipeline.distill.recipe import load_recipe
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings
 
@@ -33,7 +34,8 @@ def test_a_printed_command_says_exactly_what_is_run(tmp_path: Path) -> None:
     for alpha2, seed in ((0.0, 0), (0.5, 2)):
         expected = distill_settings(tmp_path, alpha2, seed)
         _, options = parsed(command_line("distill", expected))
-        assert DistillSettings(data=cli._data_settings(options), **options) == expected
+        overrides = cli._overrides(options)
+        assert DistillSettings(data=cli._data_settings(options), overrides=overrides, **options) == expected
 
 
 def test_a_printed_command_survives_odd_names(tmp_path: Path) -> None:
@@ -46,7 +48,8 @@ def test_a_printed_command_survives_odd_names(tmp_path: Path) -> None:
 def test_the_shipped_teacher_and_recipe_are_what_the_documentation_says() -> None:
     assert (TEACHER / "model.safetensors").stat().st_size <= 2_000_000
     recipe = load_recipe(str(module.RECIPE))
-    assert (recipe.alpha2, recipe.logit_scale, recipe.horizontal_flip) == (0.5, 1.0, 0.0)
+    assert (recipe.alpha2, recipe.logit_scale, recipe.augmentation) == (0.5, 1.0, Augmentation())
+    assert recipe.epochs == 40
 
 
 def test_the_demonstration_runs_both_stages_and_reports_what_it_measured(

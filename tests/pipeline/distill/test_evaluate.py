@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def recite(rankings: Sequence[str], class_names: tuple[str, ...] = SEVEN) -> Stu
 
 def images_of(labels: Sequence[int]) -> DecodedImages:
     pixels = np.zeros((len(labels), 1, 1, 1, 3), np.uint8)
-    pixels[:, 0, 0, 0, 0] = np.arange(len(labels))
+    pixels[..., 0] = np.arange(len(labels))[:, None, None, None]
     numbers = np.arange(len(labels))
     return DecodedImages(pixels, numbers, numbers, np.zeros((len(labels), 16), np.uint8), np.array(labels, np.int64))
 
@@ -111,13 +112,20 @@ def test_selected_images_are_evaluated() -> None:
     assert found.count.sum() == 3
 
 
+def test_the_clean_view_is_evaluated() -> None:
+    images = images_of(LABELS)
+    views = np.concatenate([images.pixels, images.pixels[::-1]], axis=1)
+    found = evaluate_student(recite(RANKINGS), replace(images, pixels=views), CPU, torch.float32, 64)
+    assert found.correct.tolist() == counted().correct.tolist()
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_student_is_evaluated_in_evaluation_mode_and_left_as_it_was(training: bool) -> None:
     student = make_student("test_resnet", 8).train(training)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     modes: list[bool] = []
     student.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
-    pixels = np.stack([np.array(image) for image in make_images(4, 0)])[:, None]
+    pixels = np.stack([np.array(image)[None] for image in make_images(4, 0)])
     numbers = np.arange(4)
     images = DecodedImages(pixels, numbers, numbers, np.zeros((4, 16), np.uint8), numbers % 3)
     evaluate_student(student, images, CPU, torch.float32, 64)

@@ -142,7 +142,8 @@ def test_means_are_of_one_epoch(tmp_path: Path) -> None:
 def test_bfloat16_trains_about_as_float32(tmp_path: Path) -> None:
     results = []
     for precision in (torch.float32, torch.bfloat16):
-        trainer, feed = make(noise_images(9, 0), tmp_path, "both", Compute(CPU, precision, 0), batch_size=9)
+        student, images = make_student("test_vit", 16), noise_images(9, 0, image_size=16)
+        trainer, feed = make(images, tmp_path, "both", Compute(CPU, precision, 0), student, batch_size=9)
         results.append(run_epoch(trainer, feed)["loss"])
         assert all(tensor.dtype != torch.bfloat16 for tensor in trainer.tensors().values())
     assert results[0] != results[1]

@@ -363,7 +363,7 @@ def test_the_limit_is_for_training_only(start: Start, saved_data: Path) -> None:
 
 @pytest.fixture
 def nothing_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "decode_images", lambda *args, **kwargs: pytest.fail("images were decoded"))
+    monkeypatch.setattr(preparation, "cached_images", lambda *args, **kwargs: pytest.fail("images were decoded"))
 
 
 @pytest.mark.usefixtures("nothing_decoded")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.data import to_rgb
 from pipeline.distill.images import fit_to
+from pipeline.distill.recipe import load_recipe
 from pipeline.distill.student import (
     Student,
     StudentConfig,
@@ -33,7 +34,7 @@ ANY_LANGUAGE = ("ant", "Käfer, grün", "猫")
 
 
 def config_of(name: str, image_size: int = 32, class_names: tuple[str, ...] = CLASS_NAMES) -> StudentConfig:
-    return student_config(name, image_size, class_names, attention_dropout=0.1)
+    return student_config(name, image_size, class_names, load_recipe("paper"))
 
 
 def build_refusal(name: str, image_size: int = 32) -> str:
@@ -97,6 +98,30 @@ def test_base_is_a_clip_style_transformer(base: Student) -> None:
     assert {block.attn.attn_drop.p for block in model.blocks} == {0.1}
     values = torch.linspace(-3, 3, 7)
     assert torch.allclose(model.blocks[0].mlp.act(values), values * torch.sigmoid(1.702 * values))  # QuickGELU
+
+
+@pytest.mark.parametrize("name", ["base", "test_vit"])
+def test_stochastic_depth_grows_towards_the_last_block(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe("paper", {"stochastic_depth": 0.2, "attention_dropout": 0.0})
+    student = build_student(student_config(name, 32, CLASS_NAMES, recipe))
+    blocks = cast(Any, student.model).blocks
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.2 * place / (len(blocks) - 1) for place in range(len(blocks))])
+    assert {block.attn.attn_drop.p for block in blocks} == {0.0}
+    save_student(student, tmp_path / "student")
+    assert load_student(tmp_path / "student").config == student.config
+
+
+def test_without_stochastic_depth_a_model_is_not_asked_for_it() -> None:
+    assert "drop_path_rate" not in config_of("base").model_args
+    assert "drop_path_rate" not in config_of("test_vit").model_args
+
+
+def test_a_model_without_stochastic_depth_is_refused_where_that_is_asked_for() -> None:
+    recipe = load_recipe("paper", {"stochastic_depth": 0.1})
+    with pytest.raises(PipelineError) as caught:
+        build_student(student_config("vgg11", 32, CLASS_NAMES, recipe))
+    assert str(caught.value) == "student vgg11: has no stochastic depth. Pass --set stochastic_depth=0."
 
 
 def test_the_embedding_is_the_class_token_after_the_last_norm(base: Student) -> None:
@@ -438,7 +463,7 @@ def test_a_model_with_weights_of_other_types_is_refused_before_it_is_trained(mon
 
     monkeypatch.setattr(timm, "create_model", with_odd_buffer)
     with pytest.raises(PipelineError) as refused:
-        build_student(student_config("test_resnet", 32, ("a", "b"), 0.0))
+        build_student(config_of("test_resnet", 32, ("a", "b")))
     assert str(refused.value) == (
         "student test_resnet: has weights of other types than float32 and int64. Choose another model."
     )
