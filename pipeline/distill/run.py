@@ -27,7 +27,7 @@ from store import Artifact, open_artifact
 # What may be another one when a run is gone on with; paths may differ where digests tell what they lead to.
 _UNSHARED = {
     *("artifact", "out", "overwrite", "resume", "checkpoint_minutes", "evaluate_every", "max_steps", "device"),
-    "precision",
+    *("precision", "cache"),
 }
 
 

@@ -185,6 +185,13 @@ def test_runs_and_evaluations_share_the_cache_that_is_named(
     assert equal_weights(*students)  # whether images were decoded or read makes no difference
 
 
+def test_a_run_may_be_gone_on_with_beside_another_cache(saved_data: Path, folder: Path, tmp_path: Path) -> None:
+    path = write_example(tmp_path / "a.safetensors")
+    distill(settings_for(path, saved_data, tmp_path / "run", cache=folder, max_steps=1))
+    settings = settings_for(path, saved_data, tmp_path / "run", cache=tmp_path / "other", max_steps=2, resume=True)
+    assert distill(settings).num_steps == 2
+
+
 # Who shares an entry
 
 
