@@ -1,5 +1,7 @@
 """Artifacts, data sets and students for the tests of stage two; no teacher runs."""
 
+import copy
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -215,13 +217,7 @@ def make_student(
     name: str = "test_resnet", image_size: int = 8, class_names: tuple[str, ...] = CLASS_NAMES, seed: int = 0
 ) -> Student:
     """Build a student of known random weights, BatchNorm's running statistics among them."""
-    torch.manual_seed(seed)
-    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
-    with torch.no_grad():
-        for tensor in student.model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(0.02 * torch.rand_like(tensor))
-    return student
+    return copy.deepcopy(_student(name, image_size, class_names, seed))
 
 
 def weights_of(student: Student) -> dict[str, torch.Tensor]:
@@ -237,6 +233,17 @@ def equal_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
 def file_names(folder: Path) -> list[str]:
     """Return the names of everything in a folder, hidden files too, sorted."""
     return sorted(entry.name for entry in folder.iterdir())
+
+
+@functools.cache
+def _student(name: str, image_size: int, class_names: tuple[str, ...], seed: int) -> Student:
+    torch.manual_seed(seed)
+    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
+    with torch.no_grad():
+        for tensor in student.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.02 * torch.rand_like(tensor))
+    return student
 
 
 def _manifest(names: tuple[str, ...], extras: Extras) -> store.Manifest:
