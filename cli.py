@@ -76,6 +76,12 @@ _precision_option = click.option(
 )
 _gzip_option = click.option("--gzip", is_flag=True, help="compress samples, for cold storage; .h5 only")
 _overwrite_option = click.option("--overwrite", is_flag=True, help="replace an existing artifact")
+_cache_option = click.option(
+    "--cache",
+    type=_PATH,
+    metavar="DIR",
+    help="where decoded images are kept  [default: $CLIP_EMBED_KD_CACHE, else ~/.cache/clip-embed-kd/images]",
+)
 _skip_bad_option = click.option("--skip-bad", is_flag=True, help="leave out and count images that cannot be decoded")
 
 
@@ -157,6 +163,7 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names"),
         _skip_bad_option,
+        _cache_option,
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
@@ -373,6 +380,7 @@ def plan(as_json: bool, ram: float | None, hours: float | None, **options: Any) 
 @click.option("--student", required=True, type=_PATH, metavar="RUN", help="run directory")
 @_data_options("test")
 @_skip_bad_option
+@_cache_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="images at once")
 @_precision_option
 @_device_option

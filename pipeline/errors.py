@@ -1,6 +1,8 @@
 """What a user can cause in the pipeline: one class, one line of text."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,6 +31,27 @@ def describe_problems(error: ValidationError) -> str:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
             problems.append(f"{field}: {message}, found {problem['input']!r}")
     return "; ".join(problems)
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two sets of settings, as plain JSON.
+
+    Args:
+        before: what was found.
+        now: what is wanted.
+        prefix: of the names, for settings within others.
+
+    Returns:
+        E.g. `recipe.epochs was 200, is 100`, by name.
+    """
+    differing = []
+    for name in sorted({**before, **now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            differing += describe_differences(old, new, f"{prefix}{name}.")
+        elif json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            differing.append(f"{prefix}{name} was {json.dumps(old)}, is {json.dumps(new)}")
+    return differing
 
 
 def first_line(error: BaseException) -> str:

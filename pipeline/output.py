@@ -1,4 +1,4 @@
-"""Checks of an output path before hours are spent on what is to be written there."""
+"""Output paths: checked before hours are spent on what is to be written there, and written as a whole or not at all."""
 
 import os
 import shutil
@@ -31,3 +31,37 @@ def check_output(path: Path, needed_bytes: int, *, replaceable: bool) -> None:
         raise PipelineError(
             f"{path}: about {size(needed_bytes)} are needed, {size(free)} are free. Make room or choose another --out."
         )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: it is the old one or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: all of it.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes at once do not mix
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Do the same for what the user asked for.
+
+    Raises:
+        PipelineError: it cannot be written.
+    """
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise PipelineError(f"{path}: cannot be written ({error.strerror or error}).") from None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import store
 from pipeline.drawing import Contents, Floats, Map, Rows, draw
 from pipeline.errors import PipelineError
-from pipeline.output import check_output
+from pipeline.output import check_output, write_output
 from pipeline.progress import LOGGER
 
 Method = Literal["tsne", "pca"]
@@ -87,7 +87,7 @@ def plot_artifact(
         figure.savefig(
             picture, format=out.suffix[1:], dpi=160, bbox_inches="tight", pad_inches=0.4, metadata={"Date": None}
         )
-    _write(out, picture.getvalue())
+    write_output(out, picture.getvalue())
     num_samples = sum(len(samples.points) for samples in contents.maps[1:])
     return PlotResult(out, len(contents.names), num_samples, contents.notes)
 
@@ -196,15 +196,3 @@ def _lay_out(what: str, directions: Floats, labels: Rows, method: Method, seed: 
             points = TSNE(perplexity=perplexity, init=start, random_state=seed).fit_transform(reduced)
     points = points - (points.max(axis=0) + points.min(axis=0)) / 2
     return Map(title, points / (np.abs(points).max() or 1), labels)
-
-
-def _write(out: Path, picture: bytes) -> None:
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    try:
-        try:
-            temporary.write_bytes(picture)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise PipelineError(f"{out}: cannot be written ({error.strerror}).") from None

@@ -7,7 +7,6 @@ All text may come from strangers, and is escaped here and nowhere else.
 import base64
 import html
 import io
-import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.errors import PipelineError
-from pipeline.output import check_output
+from pipeline.output import check_output, write_output
 
 THUMBNAIL_PX = 96
 _NAME_LENGTH = 60
@@ -139,18 +137,7 @@ def write_report(page: str, out: Path, *, overwrite: bool = False) -> None:
         PipelineError: it exists, or cannot be written.
     """
     check_output(out, len(page), replaceable=overwrite)
-    temporary = out.with_name(f".{out.stem}.tmp{out.suffix}")
-    try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(page.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise PipelineError(f"{out}: cannot be written ({error.strerror}).") from None
+    write_output(out, page.encode())
 
 
 def escaped(text: str) -> str:

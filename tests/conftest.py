@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="clip-embed-kd-datasets-")
+os.environ["CLIP_EMBED_KD_CACHE"] = tempfile.mkdtemp(prefix="clip-embed-kd-images-")
 # Two processes whose threads wait for each other on the same cores take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -20,7 +21,8 @@ import pytest
 from jaxtyping import install_import_hook
 from PIL import Image
 
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+for folder in ("HF_DATASETS_CACHE", "CLIP_EMBED_KD_CACHE"):
+    atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
 TYPED = (
     "losses",
     "method",

@@ -9,7 +9,9 @@ import pytest
 
 import store
 from pipeline.data import BadImageError, DataSettings, load_labelled, sample_key
-from pipeline.distill.images import decode_images
+from pipeline.distill.cache import cached_images
+from pipeline.distill.join_report import report_join
+from pipeline.distill.recipe import load_recipe
 from pipeline.distill.targets import class_rows, join, verify_for
 from pipeline.extract import ExtractSettings, extract
 from tests.conftest import SHARED
@@ -48,11 +50,13 @@ def test_equal_images_under_different_labels_survive_samples_and_join(tmp_path: 
     out = extract(ExtractSettings(teacher=teacher, data=settings, out=tmp_path / "equal.h5", samples=True)).path
 
     data = load_labelled(settings)
-    images = decode_images(data, 32, skip_bad=False)
+    images = cached_images(data, 32, skip_bad=False)
     with store.open_artifact(out) as artifact:
-        verify_for(artifact, "sample")
+        recipe = load_recipe("paper")
+        verify_for(artifact, "sample", recipe)
         names = class_rows(artifact, data.class_names, data.classes_named, by_index=False)
-        targets = join(artifact, images, names, "sample", max_missing=0.0)
+        targets = join(artifact, images, names, "sample", recipe)
+        assert report_join(targets, images, max_missing=0.0).num_relabelled > 0
         assert (artifact["sample/label"][targets.sample_rows] == images.labels).all()
         assert (artifact["sample/key"][targets.sample_rows] == images.keys).all()
         pairs = {(bytes(key), int(label)) for key, label in zip(images.keys, images.labels, strict=True)}

@@ -128,6 +128,7 @@ def distill_settings(out: Path, alpha2: float, seed: int) -> DistillSettings:
         artifact=out / "digits.safetensors",
         data=DataSettings(dataset=str(out / "digits"), limit=NUM_LABELLED),
         out=out / f"alpha2-{alpha2:g}-seed-{seed}",
+        cache=out / "images",
         student=STUDENT,
         recipe=str(RECIPE),
         overrides={"alpha2": alpha2},
@@ -159,7 +160,8 @@ def _prepare(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "digits" / "dataset_dict.json").is_file():
         raise PipelineError(f"{out}: holds something else than a demonstration. Choose another --out.")
     try:
-        shutil.rmtree(out / "digits", ignore_errors=True)
+        for folder in ("digits", "images"):
+            shutil.rmtree(out / folder, ignore_errors=True)
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise PipelineError(f"{out}: cannot be made ({error.strerror}).") from None

@@ -38,6 +38,7 @@ class DistillSettings(BaseModel):
     max_missing: float = Field(default=0.0, ge=0, le=1, description="largest share of images without a target")
     join_by_index: bool = False
     skip_bad: bool = False
+    cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
     overwrite: bool = False
     resume: bool = False
     checkpoint_minutes: float = Field(default=10.0, gt=0, allow_inf_nan=False)
@@ -69,3 +70,4 @@ class EvaluateSettings(BaseModel):
     precision: Precision = "auto"
     device: str = "auto"
     skip_bad: bool = False
+    cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")

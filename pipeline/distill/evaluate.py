@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import Labelled, load_labelled
+from pipeline.distill.cache import cached_images
 from pipeline.distill.config import EvaluateSettings
-from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.images import DecodedImages
 from pipeline.distill.student import Student, load_student
 from pipeline.errors import PipelineError, listed
 from pipeline.progress import ProgressBar
@@ -147,6 +148,6 @@ def evaluate_run(settings: EvaluateSettings) -> Evaluation:
     data = load_labelled(settings.data)
     class_names = student.config.class_names
     data = replace(data, labels=student_labels(data, class_names), class_names=class_names)
-    images = decode_images(data, student.config.image_size, skip_bad=settings.skip_bad)
+    images = cached_images(data, student.config.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
     precision = resolve_precision(settings.precision, device)
     return evaluate_student(student, images, device, precision, settings.batch_size)

@@ -4,7 +4,6 @@ How an image is resized, the class names and where the student comes from stand 
 """
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pipeline.distill.onnx_model import NUM_COMPARED, OPSET, compare_onnx, encod
 from pipeline.distill.provenance import read_record, recorded
 from pipeline.distill.student import Student, load_student
 from pipeline.errors import PipelineError, first_line
-from pipeline.output import check_output
+from pipeline.output import check_output, write_output
 from pipeline.progress import LOGGER, size
 from pipeline.runtime import software_versions
 
@@ -66,7 +65,7 @@ def export_student(folder: Path, out: Path, *, overwrite: bool = False) -> Expor
     check_output(out, weight_bytes + 10_000_000, replaceable=overwrite)
     LOGGER.info("Exporting %s: seconds for most models, minutes for some.", student.config.architecture)
     content, difference, scale = _encode(folder, student, _metadata(student, record))
-    _write(out, content)
+    write_output(out, content)
     return ExportResult(
         path=out,
         model_bytes=len(content),
@@ -140,18 +139,3 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:  # the exporter wraps what happened in pages of advice
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error)}"[:200]
-
-
-def _write(out: Path, content: bytes) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # two processes at once do not mix
-    try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise PipelineError(f"{out}: cannot be written ({error.strerror or error}).") from None

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.distill.augment import Augmentation, augment
+from pipeline.distill.augment import Augmentation, augment, send
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.losses import soft_labels
 from pipeline.distill.method import Batch, Samples
@@ -104,7 +104,7 @@ class Feed:
         views = np.zeros(len(chosen), np.int64)
         if self._replays:
             views = torch.randint(self._targets.num_views, (len(chosen),), generator=generator).numpy()
-        drawn = _Drawn(chosen, views, torch.from_numpy(chosen).to(self._device, non_blocking=True))
+        drawn = _Drawn(chosen, views, send(torch.from_numpy(chosen), self._device))
         pixels = augment(self._pixels_of(drawn), self._augmentation, generator)
         mixed = mix(pixels, self._augmentation, generator)
         labels = F.one_hot(self._labels[drawn.index], self._num_classes).float()
@@ -115,7 +115,7 @@ class Feed:
         if self._pixels is None:
             pixels = self._images.pixels[self._images.places[drawn.images], drawn.views]
             return torch.from_numpy(pixels).to(self._device)
-        return self._pixels[drawn.index, torch.from_numpy(drawn.views).to(self._device)]
+        return self._pixels[drawn.index, send(torch.from_numpy(drawn.views), self._device)]
 
     def _samples(self, drawn: _Drawn, mixed: Mixed) -> Samples:
         stored = self._targets.sample_embeddings(drawn.images, drawn.views)

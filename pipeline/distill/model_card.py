@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.distill.provenance import UNKNOWN, base_name, plain, read_json, recorded, training_command
 from pipeline.distill.recipe import Recipe, recipe_as_toml
-from pipeline.distill.student import write_atomically
+from pipeline.output import write_atomically
 
 _CLASSES_SHOWN = 10
 _LOSS_WEIGHTS = {name for name in Recipe.model_fields if name.endswith("_weight")}

@@ -6,17 +6,20 @@ import torch
 from torch import nn
 
 from pipeline.data import Labelled, evaluation_split, load_labelled
+from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings
+from pipeline.distill.decoding import ReplayedViews
 from pipeline.distill.evaluate import student_labels
 from pipeline.distill.feed import Feed
-from pipeline.distill.images import DecodedImages, decode_images, held_out
+from pipeline.distill.images import DecodedImages, held_out
 from pipeline.distill.initial import initialise
 from pipeline.distill.join_report import JoinReport, report_join
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe
 from pipeline.distill.student import Student, build_student, student_config
-from pipeline.distill.targets import Targets, class_rows, join, verify_for
+from pipeline.distill.targets import Targets, class_rows, join, replayed_views, verify_for
 from pipeline.errors import PipelineError
+from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import resolve_device, resolve_precision
 from store import Artifact
@@ -78,7 +81,8 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
     initialise(student, settings.init)
-    images = _decode(settings, data, evaluation)
+    check_output(settings.out, _needed_bytes(student), replaceable=True)
+    images = _decode(settings, data, evaluation, replayed_views(artifact, settings.target, recipe))
     targets = join(artifact, images.train, rows, settings.target, recipe)
     report = report_join(targets, images.train, settings.max_missing)
     for line in report.lines():
@@ -98,10 +102,12 @@ def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) ->
     return replace(data, labels=student_labels(data, class_names), class_names=class_names)
 
 
-def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | None) -> Images:
-    train = decode_images(data, settings.image_size, skip_bad=settings.skip_bad)
+def _decode(
+    settings: DistillSettings, data: Labelled, evaluation: Labelled | None, views: ReplayedViews | None
+) -> Images:
+    train = cached_images(data, settings.image_size, skip_bad=settings.skip_bad, views=views, cache=settings.cache)
     if evaluation is not None:
-        test = decode_images(evaluation, settings.image_size, skip_bad=settings.skip_bad)
+        test = cached_images(evaluation, settings.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
         images = Images(train, test, f"split {evaluation.settings.split}")
     else:
         apart = held_out(train.keys)
@@ -116,6 +122,11 @@ def _decode(settings: DistillSettings, data: Labelled, evaluation: Labelled | No
             "to evaluate on; at least 2 and 1 are needed."
         )
     return images
+
+
+def _needed_bytes(student: Student) -> int:
+    weights = sum(parameter.nbytes for parameter in student.parameters())
+    return 14 * weights + 10_000_000  # three checkpoints with two moments and an average, two students, metrics
 
 
 def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:

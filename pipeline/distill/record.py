@@ -24,9 +24,9 @@ import torch
 from pipeline.distill.checkpoint import Checkpoints
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.model_card import write_model_card
-from pipeline.distill.student import save_student, write_atomically
-from pipeline.errors import PipelineError, first_line
-from pipeline.output import check_output
+from pipeline.distill.student import save_student
+from pipeline.errors import PipelineError, describe_differences, first_line
+from pipeline.output import check_output, write_atomically
 from pipeline.progress import LOGGER
 from pipeline.runtime import software_versions
 
@@ -138,7 +138,7 @@ class RunDirectory:
                 "Begin anew with --overwrite."
             ) from None
         now = json.loads(json.dumps(self._record))
-        if differing := _differences(shared, {part: now[part] for part in _SHARED}):
+        if differing := describe_differences(shared, {part: now[part] for part in _SHARED}):
             raise PipelineError(
                 f"{self.path}: is a run of other settings: {'; '.join(differing)}. Pass the same, or another --out."
             )
@@ -188,18 +188,6 @@ class RunDirectory:
     def _write_record(self) -> None:
         text = json.dumps(self._record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self._work / "run.json", text.encode())
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Name what differs: `recipe.epochs was 200, is 100`."""
-    found = []
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append(f"{prefix}{name} was {old!r}, is {new!r}")
-    return found
 
 
 def _machine(compute: Compute) -> dict[str, Any]:

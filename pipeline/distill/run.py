@@ -20,7 +20,6 @@ from pipeline.distill.record import RunDirectory
 from pipeline.distill.report_page import write_run_page
 from pipeline.distill.training import Limits, Training
 from pipeline.errors import PipelineError
-from pipeline.output import check_output
 from pipeline.progress import LOGGER
 from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory
 from store import Artifact, open_artifact
@@ -28,7 +27,7 @@ from store import Artifact, open_artifact
 # What may be another one when a run is gone on with; paths may differ where digests tell what they lead to.
 _UNSHARED = {
     *("artifact", "out", "overwrite", "resume", "checkpoint_minutes", "evaluate_every", "max_steps", "device"),
-    "precision",
+    *("precision", "cache"),
 }
 
 
@@ -74,7 +73,6 @@ def distill(settings: DistillSettings) -> DistillResult:
     with open_artifact(settings.artifact) as artifact:
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
-        check_output(settings.out, _needed_bytes(trainer), replaceable=True)
         with directory.open(_record(settings, artifact, prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
@@ -143,12 +141,6 @@ def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -
             "precision": str(compute.precision).removeprefix("torch."),
         },
     }
-
-
-def _needed_bytes(trainer: Trainer) -> int:
-    checkpoint = sum(tensor.nbytes for tensor in trainer.tensors().values())
-    weights = sum(parameter.nbytes for parameter in trainer.method.parameters())
-    return 3 * (checkpoint + 2 * weights) + 2 * weights + 10_000_000  # the optimizer's state comes with the first step
 
 
 def _digest(images: DecodedImages) -> str:

@@ -5,7 +5,6 @@ The folder opens with timm, with transformers and here, with equal logits. Nothi
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.distill.recipe import Recipe
 from pipeline.errors import PipelineError
+from pipeline.output import write_atomically
 
 _ALIGNMENT_BYTES = 64
 _DTYPE_CODES = {torch.float32: "F32", torch.int64: "I64"}
@@ -261,25 +261,6 @@ def load_student(folder: Path) -> Student:
         detail = " ".join(str(error).split())[:200]
         raise PipelineError(f"{folder}: model.safetensors does not fit config.json ({detail}).") from None
     return student
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: it is the old one or the new one, never a part.
-
-    Args:
-        path: the file.
-        content: all of it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _encode_weights(weights: Mapping[str, Tensor]) -> bytes:

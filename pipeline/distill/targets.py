@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.distill.config import Target
+from pipeline.distill.decoding import ReplayedViews
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.recipe import Recipe
 from pipeline.errors import PipelineError, listed
@@ -160,6 +161,7 @@ def join(artifact: Artifact, images: DecodedImages, rows: NDArray[np.int64], tar
         text = text - text.mean(dim=0) if recipe.centre else text
     if recipe.soft_label_weight:
         head = (_rows_of(artifact, "head/weight", rows), _rows_of(artifact, "head/bias", rows))
+    views = replayed_views(artifact, target, recipe)
     sample_rows = image_ids = np.empty(0, np.int64)
     if target != "class":
         sample_rows = artifact.find(images.keys, rows[images.labels])
@@ -172,8 +174,33 @@ def join(artifact: Artifact, images: DecodedImages, rows: NDArray[np.int64], tar
         head=head,
         sample_rows=sample_rows,
         image_ids=image_ids.astype(np.int64),
-        num_views=artifact.manifest.sampling.views if recipe.replay_views and target != "class" else 1,
+        num_views=1 if views is None else views.count,
     )
+
+
+def replayed_views(artifact: Artifact, target: Target, recipe: Recipe) -> ReplayedViews | None:
+    """Say which views the student is shown beside the images themselves.
+
+    Args:
+        artifact: verified for the target.
+        target: what will be used.
+        recipe: whether views are replayed.
+
+    Returns:
+        Those of the artifact; none where it has no more than view 0, or that alone is used.
+
+    Raises:
+        PipelineError: it does not say how large they are.
+    """
+    sampling = artifact.manifest.sampling
+    if not recipe.replay_views or target == "class" or sampling.views == 1:
+        return None
+    if sampling.view_size is None:
+        raise PipelineError(
+            f"{artifact.path.name}: its manifest does not say how large its {sampling.views} views are. Extract again, "
+            "or train on the images themselves with --set replay_views=false."
+        )
+    return ReplayedViews(sampling.views, sampling.seed, sampling.view_size)
 
 
 def _rows_of(artifact: Artifact, name: str, rows: NDArray[np.int64]) -> Tensor:

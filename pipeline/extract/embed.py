@@ -236,7 +236,7 @@ def _workers_must_live(stop: StopRequest | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+        if "DataLoader worker (pid" not in str(error) and "shared memory" not in str(error):
             raise
         if stop is not None:
             stop.obey()  # the signal went to the whole process group

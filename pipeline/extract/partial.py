@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import PipelineError, first_line
-from pipeline.extract.folder_lock import LOCK_NAME, FolderLock
+from pipeline.errors import PipelineError, describe_differences, first_line
+from pipeline.folder_lock import LOCK_NAME, FolderLock
+from pipeline.output import write_atomically
 
 PARTIAL_VERSION = 1
 _SETTINGS = "settings.json"
+_UNFINISHED = re.compile(r"\.settings\.json\.(\d+\.)?tmp")
 _ASSEMBLED = "assembled"
 _FINISHED = re.compile(r"(\d{8})-([0-9a-f]{64})\.npy")
 _BEGUN = re.compile(r"(\d{8})-(\d+)-([0-9a-f]{64})\.begun\.npy")
@@ -56,7 +58,9 @@ class PartialFolder:
         """
         self.path = path
         self.is_open = False
-        self._lock = FolderLock(path)
+        self._lock = FolderLock(
+            path, f"{path}: another extraction is at work in it. Wait for it, or choose another --out."
+        )
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
         """Make the folder, or take up one that was made with the same settings.
@@ -79,7 +83,7 @@ class PartialFolder:
                     f"{self.path}: is in the way: no extraction made it. Move it, or choose another --out."
                 )
             self._lock.take()
-            if not (differing := _differences(wanted, found)):
+            if not (differing := describe_differences(found, wanted)):
                 self.is_open = True
                 for leftover in self.path.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
@@ -93,7 +97,7 @@ class PartialFolder:
         self.path.mkdir(exist_ok=True)
         self._lock.take()
         self.is_open = True
-        _write_whole(self.path / _SETTINGS, json.dumps(wanted, indent=2, sort_keys=True).encode())
+        write_atomically(self.path / _SETTINGS, json.dumps(wanted, indent=2, sort_keys=True).encode())
         return 0
 
     def join(self, settings: Mapping[str, Any]) -> None:
@@ -110,7 +114,7 @@ class PartialFolder:
                 f"{self.path}: is not on this machine. Processes on several machines need --out in a folder that all "
                 "of them share."
             )
-        differing = _differences({"partial_version": PARTIAL_VERSION, **settings}, self._read_settings())
+        differing = describe_differences(self._read_settings(), {"partial_version": PARTIAL_VERSION, **settings})
         if differing:
             raise PipelineError(
                 f"{self.path}: this process does not see what the first one sees ({'; '.join(differing[:3])}). Give "
@@ -202,7 +206,7 @@ class PartialFolder:
 
     def mark_assembled(self) -> None:
         """Note that the artifact is about to be written: if one is there when the folder is found, it is this one."""
-        _write_whole(self.path / _ASSEMBLED, b"")
+        write_atomically(self.path / _ASSEMBLED, b"")
 
     def is_assembled(self) -> bool:
         """Tell whether an artifact that stands beside the folder was made from it."""
@@ -224,7 +228,7 @@ class PartialFolder:
 
     def _is_new(self) -> bool:
         """Tell whether somebody was stopped before the settings were written."""
-        return {path.name for path in self.path.iterdir()} <= {LOCK_NAME, f".{_SETTINGS}.tmp"}
+        return all(path.name == LOCK_NAME or _UNFINISHED.fullmatch(path.name) for path in self.path.iterdir())
 
     def _read_settings(self) -> dict[str, Any]:
         try:
@@ -237,23 +241,3 @@ class PartialFolder:
                 f"{self.path}: its {_SETTINGS} cannot be read ({type(error).__name__}). Remove the folder."
             ) from None
         return settings if isinstance(settings, dict) else {}
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
-    differing = []
-    for name in sorted(set(wanted) | set(found)):
-        one, other = wanted.get(name), found.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            differing += _differences(one, other, f"{prefix}{name}.")
-        elif json.dumps(one, sort_keys=True) != json.dumps(other, sort_keys=True):
-            differing.append(f"{prefix}{name} was {json.dumps(other)}, is {json.dumps(one)}")
-    return differing

@@ -1,4 +1,4 @@
-"""Checks of an output path before hours are spent."""
+"""Output paths: checked before hours are spent, written as a whole."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.output import check_output
+from pipeline.output import check_output, write_atomically, write_output
 
 
 def refusal(path: Path, needed_bytes: int = 0, *, replaceable: bool = False) -> str:
@@ -64,3 +64,20 @@ def test_the_disk_must_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert refusal(path, 1_234_568_000) == (
         f"{path}: about 1.2 GB are needed, 1.2 MB are free. Make room or choose another --out."
     )
+
+
+def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    with pytest.raises(PipelineError) as refused:
+        write_output(path, b"new")
+    assert str(refused.value) == f"{path}: cannot be written (No space left on device)."
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

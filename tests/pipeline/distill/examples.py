@@ -1,7 +1,10 @@
 """Artifacts, data sets and students for the tests of stage two; no teacher runs."""
 
+import copy
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ from PIL import Image
 
 import store
 from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
+from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings, Target
-from pipeline.distill.images import DecodedImages, decode_images
+from pipeline.distill.images import DecodedImages
 from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe, load_recipe
 from pipeline.distill.student import Student, build_student, student_config
@@ -26,6 +30,8 @@ CPU = torch.device("cpu")
 EMBED_DIM = 6
 TARGETS: tuple[Target, ...] = ("class", "sample", "both")
 COLOURS = ((230, 30, 30), (30, 230, 30), (30, 30, 230))
+
+JUNK = {"bytes": b"junk", "path": None}
 
 Pair = tuple[bytes, str]  # sample key and class name
 
@@ -58,6 +64,7 @@ class Extras:
     text: bool = True
     head: bool = True
     num_views: int = 1
+    view_size: int | None = 8
     views_version: int = VIEWS_VERSION
     classes_named: bool = True
 
@@ -101,6 +108,19 @@ def pairs_of(rows: datasets.Dataset) -> list[Pair]:
     return [(sample_key(to_rgb(row["image"])), names[row["label"]]) for row in rows]
 
 
+def noise(height: int, width: int) -> Image.Image:
+    """Make an image of noise, the same for the same size."""
+    random = np.random.default_rng(height * 1000 + width)
+    return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> dict[str, Any]:
+    """Return the cell of an image, encoded."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
 def make_rows(cells: Sequence[Any], labels: Sequence[int], names: Sequence[str] = CLASS_NAMES) -> datasets.Dataset:
     """Make a split of images, or of structures of bytes and path."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
@@ -125,7 +145,7 @@ def labelled(rows: datasets.Dataset, folder: Path) -> Labelled:
 
 def decoded(rows: datasets.Dataset, folder: Path, image_size: int = 8) -> DecodedImages:
     """Save, load and decode a split."""
-    return decode_images(labelled(rows, folder), image_size, skip_bad=False)
+    return cached_images(labelled(rows, folder), image_size, skip_bad=False)
 
 
 def images_of(pixels: NDArray[np.uint8], labels: Sequence[int]) -> DecodedImages:
@@ -197,13 +217,7 @@ def make_student(
     name: str = "test_resnet", image_size: int = 8, class_names: tuple[str, ...] = CLASS_NAMES, seed: int = 0
 ) -> Student:
     """Build a student of known random weights, BatchNorm's running statistics among them."""
-    torch.manual_seed(seed)
-    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
-    with torch.no_grad():
-        for tensor in student.model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(0.02 * torch.rand_like(tensor))
-    return student
+    return copy.deepcopy(_student(name, image_size, class_names, seed))
 
 
 def weights_of(student: Student) -> dict[str, torch.Tensor]:
@@ -221,10 +235,21 @@ def file_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@functools.cache
+def _student(name: str, image_size: int, class_names: tuple[str, ...], seed: int) -> Student:
+    torch.manual_seed(seed)
+    student = build_student(student_config(name, image_size, class_names, load_recipe("paper")))
+    with torch.no_grad():
+        for tensor in student.model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.02 * torch.rand_like(tensor))
+    return student
+
+
 def _manifest(names: tuple[str, ...], extras: Extras) -> store.Manifest:
     views: dict[str, Any] = {"views": extras.num_views}
     if extras.num_views > 1:
-        views |= {"view_size": 8, "views_version": extras.views_version}
+        views |= {"view_size": extras.view_size, "views_version": extras.views_version}
     return store.Manifest(
         teacher=store.TeacherInfo(
             name="owner/teacher",

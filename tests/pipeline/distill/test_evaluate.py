@@ -54,7 +54,7 @@ def recite(rankings: Sequence[str], class_names: tuple[str, ...] = SEVEN) -> Stu
 
 def images_of(labels: Sequence[int]) -> DecodedImages:
     pixels = np.zeros((len(labels), 1, 1, 1, 3), np.uint8)
-    pixels[..., 0] = np.arange(len(labels))[:, None, None, None]
+    pixels[:, 0, 0, 0, 0] = np.arange(len(labels))
     numbers = np.arange(len(labels))
     return DecodedImages(pixels, numbers, numbers, np.zeros((len(labels), 16), np.uint8), np.array(labels, np.int64))
 
@@ -125,7 +125,7 @@ def test_a_student_is_evaluated_in_evaluation_mode_and_left_as_it_was(training: 
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     modes: list[bool] = []
     student.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
-    pixels = np.stack([np.array(image)[None] for image in make_images(4, 0)])
+    pixels = np.stack([np.array(image) for image in make_images(4, 0)])[:, None]
     numbers = np.arange(4)
     images = DecodedImages(pixels, numbers, numbers, np.zeros((4, 16), np.uint8), numbers % 3)
     evaluate_student(student, images, CPU, torch.float32, 64)

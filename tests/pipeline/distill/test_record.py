@@ -146,7 +146,7 @@ def test_the_directory_appears_with_the_first_checkpoint(run: Run, out: Path) ->
     assert read(out)["status"] == "finished"
     assert read(out)["result"] == {"top1": 51.0}
     assert file_names(out.parent) == ["run"]
-    assert file_names(out / "student") == ["config.json", "model.safetensors"]
+    assert file_names(out / "student") == ["README.md", "config.json", "model.safetensors"]
     assert file_names(out / "checkpoints") == ["00000001"]
     assert equal_weights(weights_of(load_student(out)), weights_of(run.trainer.kept))
 
@@ -411,11 +411,11 @@ def test_every_setting_that_differs_is_named(run: Run, other: Run, out: Path) ->
         "compute": {"device": "cuda", "precision": "float32"},
     }
     assert refusal(other, out, resume=True, record=changed) == (
-        f"{out}: is a run of other settings: settings.seed was 0, is 1; settings.data.split was 'train', is 'test'; "
-        "settings.eval_split was None, is 'dev'; recipe.alpha2 was 0.5, is 0.25; "
-        "recipe.augmentation.horizontal_flip was 0.5, is 0.0; recipe.augmentation.operations was None, is 1; "
-        f"artifact.manifest_sha256 was '{'a' * 64}', is '{'b' * 64}'; data.join.missing_rows was [], is [3]; "
-        "compute.device was 'cpu', is 'cuda'. Pass the same, or another --out."
+        f'{out}: is a run of other settings: artifact.manifest_sha256 was "{"a" * 64}", is "{"b" * 64}"; '
+        'compute.device was "cpu", is "cuda"; data.join.missing_rows was [], is [3]; recipe.alpha2 was 0.5, is 0.25; '
+        "recipe.augmentation.horizontal_flip was 0.5, is 0.0; recipe.augmentation.operations was null, is 1; "
+        'settings.data.split was "train", is "test"; settings.eval_split was null, is "dev"; '
+        "settings.seed was 0, is 1. Pass the same, or another --out."
     )
     assert (out / "run.json").read_bytes() == before
     assert metrics(out) == [(1, 1)]

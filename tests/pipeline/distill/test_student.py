@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,6 @@ from pipeline.distill.student import (
     load_student,
     save_student,
     student_config,
-    write_atomically,
 )
 from pipeline.errors import PipelineError
 from tests.conftest import CLASS_NAMES
@@ -334,19 +332,6 @@ def test_weights_are_aligned_for_readers_that_map_the_file(saved: Path) -> None:
     assert len(whole) > 10
     assert all(begin % 64 == 0 for begin in whole)
     assert start + sum(sizes) == len(content)
-
-
-def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    assert file_names(tmp_path) == ["file"]
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
 
 
 # Folders of strangers

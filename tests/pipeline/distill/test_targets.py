@@ -12,9 +12,10 @@ from PIL import Image
 
 import store
 from pipeline.distill.config import Target
+from pipeline.distill.decoding import ReplayedViews
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.recipe import Recipe
-from pipeline.distill.targets import Targets, class_rows, join, verify_for
+from pipeline.distill.targets import Targets, class_rows, join, replayed_views, verify_for
 from pipeline.errors import PipelineError
 from pipeline.views import VIEWS_VERSION
 from tests.conftest import CLASS_NAMES, make_images, make_split
@@ -292,6 +293,30 @@ def test_only_the_clean_view_is_a_target_unless_views_are_replayed(
         assert targets.num_views == 1
         if target == "sample":
             assert clean(targets, images) == expected(images)
+
+
+@pytest.mark.parametrize(("replayed", "target"), [(False, "both"), (True, "class")])
+def test_views_are_shown_only_where_they_are_targets(replayed: bool, target: Target, tmp_path: Path) -> None:
+    path = write_example(tmp_path / "a.safetensors", samples=PAIRS, extras=Extras(num_views=3))
+    with store.open_artifact(path) as artifact:
+        assert replayed_views(artifact, target, make_recipe(replay_views=replayed)) is None
+        assert replayed_views(artifact, "both", make_recipe(replay_views=True)) == ReplayedViews(3, 0, 8)
+
+
+def test_an_artifact_of_view_0_alone_has_none_to_show(tmp_path: Path) -> None:
+    path = write_example(tmp_path / "a.safetensors", samples=PAIRS)
+    with store.open_artifact(path) as artifact:
+        assert replayed_views(artifact, "both", make_recipe(replay_views=True)) is None
+
+
+def test_views_of_unknown_size_are_not_replayed(tmp_path: Path) -> None:
+    path = write_example(tmp_path / "a.safetensors", samples=PAIRS, extras=Extras(num_views=3, view_size=None))
+    with store.open_artifact(path) as artifact, pytest.raises(PipelineError) as caught:
+        replayed_views(artifact, "both", make_recipe(replay_views=True))
+    assert str(caught.value) == (
+        "a.safetensors: its manifest does not say how large its 3 views are. Extract again, or train on the images "
+        "themselves with --set replay_views=false."
+    )
 
 
 # What the artifact must have

@@ -1,28 +1,30 @@
-"""A lock on a folder that two extractions must not work in at once; it goes with its process, however that ends."""
+"""A lock on a folder that two processes must not work in at once; it goes with its process, however that ends."""
 
 import fcntl
 from pathlib import Path
 from typing import IO
 
 from pipeline.errors import PipelineError
+from pipeline.progress import LOGGER
 
 LOCK_NAME = "lock"
 
 
 class FolderLock:
-    """A lock on a file in the folder."""
+    """A lock on a file in the folder. On a disk without locks nothing is ever locked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, taken: str) -> None:
         """Name the folder; nothing is touched.
 
         Args:
             folder: to be locked.
+            taken: one line for the user, where another process has the lock.
         """
-        self._folder = folder
+        self._folder, self._taken = folder, taken
         self._file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Take the lock, if this process does not have it; on a disk without locks nothing happens.
+        """Take the lock, if this process does not have it.
 
         Raises:
             PipelineError: another process has it.
@@ -34,13 +36,20 @@ class FolderLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise PipelineError(
-                f"{self._folder}: another extraction is at work in it. Wait for it, or choose another --out."
-            ) from None
+            raise PipelineError(self._taken) from None
         except OSError:  # some network disks have none
             file.close()
             return
         self._file = file
+
+    def wait(self) -> None:
+        """Take the lock as soon as no other process has it; that there is one is said."""
+        try:
+            self.take()
+        except PipelineError as error:
+            LOGGER.info("%s", error)
+            self._file = (self._folder / LOCK_NAME).open("wb")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Give the lock back, if there is one."""

@@ -1,0 +1,55 @@
+"""One process at a time in a folder; another flock of this process stands for another process."""
+
+import errno
+import fcntl
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.folder_lock import LOCK_NAME, FolderLock
+
+
+def test_a_lock_is_taken_once_and_given_back(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path, "busy"), FolderLock(tmp_path, "busy here")
+    first.take()
+    first.take()
+    with pytest.raises(PipelineError, match=r"^busy here$"):
+        second.take()
+    first.release()
+    first.release()
+    second.take()
+    second.release()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
+
+
+def test_who_waits_says_so_and_gets_the_lock_when_it_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "clip_embed_kd")
+    first, second = FolderLock(tmp_path, "busy"), FolderLock(tmp_path, "busy: waiting")
+    first.wait()
+    assert caplog.messages == []
+    thread = threading.Thread(target=second.wait)
+    thread.start()
+    while "busy: waiting" not in caplog.messages:
+        time.sleep(0.001)
+    assert thread.is_alive()
+    first.release()
+    thread.join()
+    with pytest.raises(PipelineError):
+        first.take()
+    second.release()
+
+
+def test_a_disk_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for lock in (FolderLock(tmp_path, "busy"), FolderLock(tmp_path, "busy")):
+        lock.take()
+        lock.wait()
+        lock.release()
