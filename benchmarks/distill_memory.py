@@ -40,6 +40,7 @@ def measure_memory(subject: Subject, times: int) -> Figures:
     """
     idle, _ = watch(["-c", _IDLE])
     megabytes: dict[str, float] = {}
+    file_pages: dict[str, float] = {}
     for side in SIDES:
         command = [__file__, side, str(subject.artifact), str(subject.dataset), subject.device, str(STEPS)]
         found = []
@@ -47,9 +48,11 @@ def measure_memory(subject: Subject, times: int) -> Figures:
             peaks, told = watch(command)
             found.append(told["device_bytes"] / 1e6 or (peaks["anonymous"] - idle["anonymous"]) * 1.024e-3)
         megabytes[side] = round(statistics.median(found), 1)
+        file_pages[side] = round(peaks["file pages"] * 1.024e-3, 1)
     ratio = megabytes["ours"] / megabytes["supervised"]
     return {
         "MB": megabytes,
+        "mapped file pages apart, MB": file_pages,
         "idle with torch, MB": round(idle["anonymous"] * 1.024e-3, 1),
         "ratio": round(ratio, 4),
         "steps": STEPS,
