@@ -1,9 +1,11 @@
 """Shared fixtures: a tiny random teacher, tiny data sets, and shapes checked at run time."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before any library looks: no test may reach a network, and no test needs one.
@@ -57,6 +59,15 @@ def make_split(num_images: int, seed: int, names: tuple[str, ...] = CLASS_NAMES)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     columns = {"image": make_images(num_images, seed), "label": [row % len(names) for row in range(num_images)]}
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Forget that a command was run in this process, which makes the pipeline tell everybody after it what it does."""
+    logger = logging.getLogger("clip_embed_kd")
+    yield
+    logger.setLevel(logging.NOTSET)
+    logger.handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -125,12 +125,12 @@ class Feed:
         if self._head is not None:
             probabilities = _blend(soft_labels(embeddings, self._head, self._recipe.soft_label_temperature), mixed)
         embeddings = torch.where(joined[:, None], embeddings - self._centre, 0)
-        ids = self._image_ids[drawn.index]
-        positives = (ids[:, None] == ids[None, :]) & joined
-        positives = F.normalize(positives.float(), p=1, dim=1)
         # A mixture of an image with an embedding and one without has no target.
-        both = joined & (joined[mixed.partner] | (mixed.share == 1))
-        positives = F.normalize(_blend(positives, mixed) * both, p=1, dim=1)
+        unmixed = mixed.share == 1
+        both = joined & (joined[mixed.partner] | unmixed)
+        # A mixed image is drawn to its own mixture of embeddings; an unmixed one to those of its copies, too.
+        ids = torch.where(unmixed, self._image_ids[drawn.index], -1 - torch.arange(len(joined), device=self._device))
+        positives = F.normalize(((ids[:, None] == ids[None, :]) & both).float(), p=1, dim=1)
         return Samples(_blend(embeddings, mixed), both, positives, probabilities)
 
     def _device_is_idle(self) -> bool:
@@ -138,9 +138,16 @@ class Feed:
         return self._device.type != "cuda" or torch.cuda.current_stream(self._device).query()
 
 
-def step_seed(seed: int, epoch: int, step: int) -> int:
-    """Return the seed of everything random in one step, without a relation to the seeds of others."""
-    return int(np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
+    """Return the seed of something random in one step, without a relation to the seeds of others.
+
+    Args:
+        seed: of the run.
+        epoch: from 1; 0 is before the run.
+        step: of the epoch, from 0.
+        purpose: 0 for the batch, 1 for what the student drops.
+    """
+    return int(np.random.SeedSequence([seed, epoch, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _blend(targets: Float[Tensor, "batch values"], mixed: Mixed) -> Float[Tensor, "batch values"]:

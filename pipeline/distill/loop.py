@@ -77,7 +77,7 @@ class Trainer:
             recipe: all training settings.
             compute: device, precision, seed, and how steps are cut and compiled.
         """
-        torch.manual_seed(compute.seed)
+        torch.manual_seed(step_seed(compute.seed, 0, 0))  # not the one that the student's weights were drawn by
         with batch_must_fit(recipe.batch_size, "the student", smallest=2):
             use_coarse_dropout(student.model, compute.device)
             self.method = Method(student, targets, target, recipe).to(compute.device)
@@ -108,7 +108,7 @@ class Trainer:
         progress, recipe = self.progress, self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, progress.num_steps, steps_per_epoch)
-        torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done))
+        torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done, purpose=1))
         self.method.train()
         self.optimizer.zero_grad(set_to_none=True)
         with (

@@ -32,7 +32,8 @@ class Samples(NamedTuple):
     """The sample side of a batch; mixed as its pixels are.
 
     `embeddings` are the teacher's, centred where the recipe says so, and 0 where an image is not `joined`.
-    `positives` [i, j]: how much image i is drawn to embedding j. `probabilities`: soft labels, if there are any.
+    `positives` [i, j]: how much image i is drawn to embedding j: to its own, and to its copies'. `probabilities`: soft
+    labels, if there are any.
     """
 
     embeddings: Float[Tensor, "batch embed_dim"]

@@ -1,4 +1,4 @@
-"""A step by parts, and compiled. No compiler runs here but in the slow test."""
+"""A step by parts, and compiled: by a stand-in, for a compiler takes a minute (`test_training` has a slow test)."""
 
 from collections.abc import Callable
 from pathlib import Path
