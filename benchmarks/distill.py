@@ -75,11 +75,12 @@ NOT_ON_CPU = ("epochs",)
 @click.option("--trial", is_flag=True, help="little data and short runs, without targets")
 def main(work: Path, only: tuple[str, ...], **options: Any) -> None:
     """Print every figure and write them to WORK/distill.json."""
+    work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("CLIP_EMBED_KD_CACHE", str(work / "images"))  # nothing is left elsewhere
     of = {"trial": True} if options["trial"] else {}
     book = FigureBook(work / "distill.json", machine(options["device"]), of, is_trial=options["trial"])
-    setup = Setup(work=work.absolute(), book=book, **options)
+    setup = Setup(work=work, book=book, **options)
     for name in only or usual_measures(setup):
         book.measure(name, partial(MEASURES[name], setup))
     book.finish()

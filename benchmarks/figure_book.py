@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import click
 
+from pipeline.output import write_atomically
+
 Figures = dict[str, Any]
 
 
@@ -46,9 +48,7 @@ class FigureBook:
     def note(self, name: str, measured: Figures) -> None:
         """Write what a measure knows so far, in place of what it knew before."""
         self._figures[name] = {"of": self._of, **measured}
-        unfinished = self._path.with_name(self._path.name + ".tmp")
-        unfinished.write_text(json.dumps(self._figures, indent=2, ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(self._path)
+        write_atomically(self._path, json.dumps(self._figures, indent=2, ensure_ascii=False).encode())
 
     def measure(self, name: str, function: Callable[[], Figures]) -> None:
         """Run a measure; note, print and judge its figures. One that fails is a check that fails: the others go on."""
