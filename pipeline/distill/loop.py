@@ -124,7 +124,7 @@ class Trainer:
         self.optimizer.step()
         self.method.limit_logit_scale()
         if self.average is not None:
-            self.average.update(self.method, progress.num_steps)
+            self.average.update(progress.num_steps)
         self._sums += losses * len(batch.pixels)
         self.progress = progress.after_step(len(batch.pixels))
 

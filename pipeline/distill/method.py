@@ -4,6 +4,7 @@ Where batches come from, and what is done with gradients, stands elsewhere.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class Samples(NamedTuple):
 
     embeddings: Float[Tensor, "batch embed_dim"]
     joined: Bool[Tensor, " batch"]
-    positives: Float[Tensor, "batch batch"]
+    positives: Float[Tensor, "batch candidates"]
     probabilities: Float[Tensor, "batch classes"] | None
 
 
@@ -48,6 +49,18 @@ class Batch(NamedTuple):
     pixels: UInt8[Tensor, "batch height width 3"]
     class_targets: Float[Tensor, "batch classes"]
     samples: Samples | None
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Return some of the images, `start` to `stop` − 1; their positives stay those of the whole batch."""
+        samples = self.samples
+        if samples is not None:
+            samples = Samples(
+                samples.embeddings[start:stop],
+                samples.joined[start:stop],
+                samples.positives[start:stop],
+                None if samples.probabilities is None else samples.probabilities[start:stop],
+            )
+        return Batch(self.pixels[start:stop], self.class_targets[start:stop], samples)
 
 
 class Method(nn.Module):
@@ -95,24 +108,31 @@ class Method(nn.Module):
         """κ, as it is told."""
         return self._recipe.logit_scale if self.log_logit_scale is None else math.exp(self.log_logit_scale.item())
 
-    def forward(self, batch: Batch, start: int, stop: int) -> Float[Tensor, " losses"]:
+    def forward(self, part: Batch, candidates: Samples | None, size: int) -> Float[Tensor, " losses"]:
         """Compute the losses of some of a batch's images, as their part of the batch's mean.
 
         Args:
-            batch: the whole batch: the teacher embeddings of all its images are candidates of the contrastive loss.
-            start: the first of these images.
-            stop: the one after the last.
+            part: these images.
+            candidates: the samples of the whole batch, all candidates of the contrastive loss.
+            size: images of the whole batch.
 
         Returns:
             The losses named in `LOSSES`, of which the first is to be minimised; 0 where one has no weight. Over
             all images, these parts add up to the losses of the batch.
         """
-        embeddings, logits = self.student(self.student.normalise(batch.pixels[start:stop]))
+        embeddings, logits = self.student(self.student.normalise(part.pixels))
         # Cosines of a batch differ in their third digit: the losses are computed in float32.
         with torch.autocast(logits.device.type, enabled=False):
-            found = self._class_losses(embeddings.float(), logits.float(), batch, slice(start, stop))
-            if batch.samples is not None:
-                of_samples = self._sample_losses(embeddings.float(), logits.float(), batch.samples, slice(start, stop))
+            embeddings, logits = embeddings.float(), logits.float()
+            found = {name: loss.sum() / size for name, loss in self._class_losses(embeddings, logits, part)}
+            if part.samples is not None and candidates is not None:
+                # Images without a stored embedding (under --max-missing) take no part.
+                num_joined = candidates.joined.sum().clamp(min=1)
+                joined = part.samples.joined
+                of_samples = {
+                    name: torch.where(joined, loss, 0).sum() / num_joined
+                    for name, loss in self._sample_losses(embeddings, logits, part.samples, candidates)
+                }
                 if "clip" in found and "clip" in of_samples:
                     of_samples["clip"] = (found["clip"] + of_samples["clip"]) / 2
                 found |= of_samples
@@ -138,36 +158,32 @@ class Method(nn.Module):
             with torch.no_grad():
                 self.log_logit_scale.clamp_(max=math.log(_LARGEST_LOGIT_SCALE))
 
-    def _class_losses(self, embeddings: Tensor, logits: Tensor, batch: Batch, rows: slice) -> dict[str, Tensor]:
-        targets, size = batch.class_targets[rows], len(batch.pixels)
-        found = {"ce": cross_entropy_loss(logits, targets, self._recipe.label_smoothing)}
+    def _class_losses(self, embeddings: Tensor, logits: Tensor, part: Batch) -> Iterator[tuple[str, Tensor]]:
+        targets = part.class_targets
+        yield "ce", cross_entropy_loss(logits, targets, self._recipe.label_smoothing)
         if self._weights["clip"] and self._target != "sample":
             projected = self.projection(self.class_embeddings)
-            found["clip"] = class_prototype_loss(embeddings, projected, targets, self.logit_scale)
+            yield "clip", class_prototype_loss(embeddings, projected, targets, self.logit_scale)
         if self._weights["text"]:
             projected = self.projection(self.class_text)
-            found["text"] = class_prototype_loss(embeddings, projected, targets, self.logit_scale)
+            yield "text", class_prototype_loss(embeddings, projected, targets, self.logit_scale)
         if self.regressor is not None:
             means = targets @ self.class_embeddings
             norms = means.norm(dim=1)
-            if batch.samples is not None:
-                stored = batch.samples.embeddings[rows].norm(dim=1)
-                norms = torch.where(batch.samples.joined[rows], stored, norms)
-            found["direction"] = direction_norm_loss(self.regressor(embeddings), means, norms)
-        return {name: loss.sum() / size for name, loss in found.items()}
+            if part.samples is not None:
+                norms = torch.where(part.samples.joined, part.samples.embeddings.norm(dim=1), norms)
+            yield "direction", direction_norm_loss(self.regressor(embeddings), means, norms)
 
-    def _sample_losses(self, embeddings: Tensor, logits: Tensor, samples: Samples, rows: slice) -> dict[str, Tensor]:
-        found = {}
-        projected = self.projection(samples.embeddings)
-        joined = samples.joined[rows]
+    def _sample_losses(
+        self, embeddings: Tensor, logits: Tensor, samples: Samples, candidates: Samples
+    ) -> Iterator[tuple[str, Tensor]]:
         if self._weights["clip"] and self._target != "class":
-            found["clip"] = sample_contrastive_loss(
-                embeddings, projected, samples.positives[rows], samples.joined, self.logit_scale
+            projected = self.projection(candidates.embeddings)
+            loss = sample_contrastive_loss(
+                embeddings, projected, samples.positives, candidates.joined, self.logit_scale
             )
+            yield "clip", loss
         if self._weights["cosine"]:
-            found["cosine"] = cosine_regression_loss(embeddings, projected[rows])
+            yield "cosine", cosine_regression_loss(embeddings, self.projection(samples.embeddings))
         if samples.probabilities is not None:
-            found["soft_label"] = soft_label_loss(logits, samples.probabilities[rows])
-        # Images without a stored embedding (under --max-missing) take no part.
-        num_joined = samples.joined.sum().clamp(min=1)
-        return {name: torch.where(joined, loss, 0).sum() / num_joined for name, loss in found.items()}
+            yield "soft_label", soft_label_loss(logits, samples.probabilities)

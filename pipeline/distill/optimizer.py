@@ -71,19 +71,19 @@ class WeightAverage:
         """
         self.method = copy.deepcopy(method)
         self._decay = decay
+        # These stay the same tensors, and looking them up again at every step takes time on the CPU.
+        self._averaged, self._learned = _tensors(self.method), _tensors(method)
 
     @torch.no_grad()
-    def update(self, method: Method, step: int) -> None:
-        """Take one more step into the average.
+    def update(self, step: int) -> None:
+        """Take the weights as they are now into the average.
 
         Args:
-            method: after the step.
             step: from 0, since the start of the run.
         """
         share = 1 - min(self._decay, (1 + step) / (10 + step))
-        averaged, learned = _tensors(self.method), _tensors(method)
-        torch._foreach_lerp_(averaged[0], learned[0], share)
-        for mine, other in zip(averaged[1], learned[1], strict=True):
+        torch._foreach_lerp_(self._averaged[0], self._learned[0], share)
+        for mine, other in zip(self._averaged[1], self._learned[1], strict=True):
             mine.copy_(other)
 
 

@@ -56,7 +56,7 @@ class ForwardBackward:
             if batch.pixels.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             with torch.autocast(batch.pixels.device.type, self.precision, enabled=self.precision != torch.float32):
-                part = method(batch, start, stop)
+                part = method(batch.part(start, stop), batch.samples, len(batch.pixels))
             part[0].backward()  # type: ignore[no-untyped-call]
             losses += part.detach()
         return losses

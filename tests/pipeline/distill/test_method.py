@@ -61,7 +61,7 @@ def make(
 
 def losses_of(method: Method, batch: Batch) -> dict[str, float]:
     with torch.no_grad():
-        return dict(zip(LOSSES, method(batch, 0, len(batch.pixels)).tolist(), strict=True))
+        return dict(zip(LOSSES, method(batch, batch.samples, len(batch.pixels)).tolist(), strict=True))
 
 
 def outputs(method: Method, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def test_each_loss_is_that_of_the_batch(tmp_path: Path) -> None:
 
 def test_without_distillation_loss_and_gradient_are_exactly_the_supervised_ones(tmp_path: Path) -> None:
     method, batch = make(noise(), tmp_path, "both", alpha2=0.0)
-    losses = method(batch, 0, 8)
+    losses = method(batch, batch.samples, 8)
     losses[0].backward()
     found = gradients(method)
     student = method.student
@@ -177,7 +177,7 @@ def test_without_distillation_loss_and_gradient_are_exactly_the_supervised_ones(
 
 def test_at_alpha2_one_nothing_but_the_embedding_is_taught(tmp_path: Path) -> None:
     method, batch = make(noise(), tmp_path, "class", alpha2=1.0)
-    losses = method(batch, 0, 8)
+    losses = method(batch, batch.samples, 8)
     losses[0].backward()
     assert losses[0] == losses[2]
     assert losses[1] > 0  # told, not learned
@@ -212,10 +212,10 @@ def test_parts_add_up_to_the_losses_and_gradients_of_the_batch(
     target: Target, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     method, batch = make(noise(), tmp_path, target, without=(2, 5), logit_scale=4.0, **fields)
-    whole = method(batch, 0, 8)
+    whole = method(batch, batch.samples, 8)
     whole[0].backward()
     expected = gradients(method)
-    parts = [method(batch, start, stop) for start, stop in ((0, 3), (3, 4), (4, 8))]
+    parts = [method(batch.part(start, stop), batch.samples, 8) for start, stop in ((0, 3), (3, 4), (4, 8))]
     for part in parts:
         part[0].backward()
     assert torch.stack(parts).sum(dim=0).tolist() == pytest.approx(whole.tolist(), rel=1e-5, abs=1e-6)
@@ -263,7 +263,7 @@ def test_where_no_sample_is_stored_the_norm_is_that_of_the_class_embedding(tmp_p
 def test_a_batch_without_any_embedding_is_trained_without_its_losses(alpha2: float, tmp_path: Path) -> None:
     extra = {name: EXTRA[name] for name in SAMPLE_LOSSES}
     method, batch = make(noise(), tmp_path, "sample", without=range(8), alpha2=alpha2, **extra, **MIXED)
-    losses = method(batch, 0, 8)
+    losses = method(batch, batch.samples, 8)
     losses[0].backward()
     found = dict(zip(LOSSES, losses.tolist(), strict=True))
     assert (found["clip"], found["cosine"], found["soft_label"]) == (0, 0, 0)
@@ -292,7 +292,7 @@ def test_a_learned_logit_scale_begins_at_the_recipes_and_is_learned(tmp_path: Pa
     assert method.logit_scale_value == pytest.approx(14.3, rel=1e-6)
     fixed, _ = make(noise(), tmp_path, "class", logit_scale=14.3)
     assert losses_of(method, batch)["loss"] == pytest.approx(losses_of(fixed, batch)["loss"], rel=1e-5)
-    method(batch, 0, 8)[0].backward()
+    method(batch, batch.samples, 8)[0].backward()
     assert gradients(method)["log_logit_scale"].item() != 0
 
 
@@ -337,10 +337,10 @@ def test_a_classifier_that_is_taught_stays_as_it_is(fields: dict[str, Any], tmp_
 def test_losses_are_float32_under_autocast(tmp_path: Path) -> None:
     method, batch = make(noise(), tmp_path, "both", **EXTRA)
     with torch.autocast("cpu", torch.bfloat16):
-        coarse = method(batch, 0, 8)
+        coarse = method(batch, batch.samples, 8)
         assert method.student(method.student.normalise(batch.pixels))[1].dtype == torch.bfloat16
     assert coarse.dtype == torch.float32
-    exact = method(batch, 0, 8)
+    exact = method(batch, batch.samples, 8)
     assert not torch.equal(coarse, exact)
     assert coarse.tolist() == pytest.approx(exact.tolist(), rel=0.05)
 

@@ -142,7 +142,7 @@ def test_the_average_is_the_formulas_of_weights_and_running_statistics(make_meth
     assert {"log_logit_scale", "projection.weight", "student.model.bn1.running_var"} <= set(expected)
     for step in range(6):
         change(method, step + 1)
-        average.update(method, step)
+        average.update(step)
         decay = min(0.4, (1 + step) / (10 + step))  # 0.1, 0.18, 0.25, 0.31, 0.36, 0.4
         now = method.state_dict()
         expected = {name: decay * tensor + (1 - decay) * now[name] for name, tensor in expected.items()}
@@ -155,7 +155,7 @@ def test_counts_of_batches_are_copied_not_averaged(make_method: MakeMethod) -> N
     method = make_method(make_recipe())
     average = WeightAverage(method, decay=0.9)
     change(method, 7)
-    average.update(method, 500)
+    average.update(500)
     name = "student.model.bn1.num_batches_tracked"
     assert average.method.state_dict()[name].item() == method.state_dict()[name].item() == 7
 
@@ -165,7 +165,7 @@ def test_the_average_is_apart_from_what_is_learned(make_method: MakeMethod) -> N
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     average = WeightAverage(method, decay=0.9)
     change(average.method, 3)
-    average.update(method, 0)
+    average.update(0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
 
 
@@ -174,5 +174,5 @@ def test_an_average_of_what_does_not_change_is_that(make_method: MakeMethod) -> 
     average = WeightAverage(method, decay=0.9)
     kept = copy.deepcopy(average.method.state_dict())
     for step in range(3):
-        average.update(method, step)
+        average.update(step)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in average.method.state_dict().items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.feed import Feed
-from pipeline.distill.method import LOSSES, Batch, Method
+from pipeline.distill.method import LOSSES, Batch, Method, Samples
 from pipeline.distill.step import ForwardBackward
 from tests.pipeline.distill.examples import CPU, join_example, make_recipe, make_student, noise_images
 
@@ -116,9 +116,9 @@ class Compiler:
     def __call__(self, method: Method, **options: Any) -> Callable[..., Tensor]:
         self.options = options
 
-        def compiled(batch: Batch, start: int, stop: int) -> Tensor:
-            self.sizes.append(len(batch.pixels))
-            losses: Tensor = method(batch, start, stop)
+        def compiled(part: Batch, candidates: Samples | None, size: int) -> Tensor:
+            self.sizes.append(size)
+            losses: Tensor = method(part, candidates, size)
             return losses
 
         return compiled
@@ -163,8 +163,8 @@ def fail_at_once(method: Method, **options: Any) -> Callable[..., Tensor]:
 
 
 def fail_at_the_first_batch(method: Method, **options: Any) -> Callable[..., Tensor]:
-    def compiled(batch: Batch, start: int, stop: int) -> Tensor:
-        method(batch, start, stop)[0].backward()
+    def compiled(part: Batch, candidates: Samples | None, size: int) -> Tensor:
+        method(part, candidates, size)[0].backward()
         raise RuntimeError("torch.compile is not supported here\nand more")
 
     return compiled
