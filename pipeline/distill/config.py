@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.data import DataSettings
 from pipeline.distill.recipe import SAMPLE_LOSSES, Recipe, load_recipe
 from pipeline.errors import PipelineError
+from pipeline.progress import LOGGER
 from pipeline.runtime import Precision
 
 Target = Literal["class", "sample", "both"]
 
 
 class DistillSettings(BaseModel):
-    """Everything that stage two can be told. `none` in `epochs` … `learning_rate`: as the recipe says."""
+    """Everything that stage two can be told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +47,7 @@ class DistillSettings(BaseModel):
     def resolved_recipe(self) -> Recipe:
         """Return the recipe with this run's own settings laid over it.
 
-        Losses that need sample embeddings are left out where the target is the class embeddings.
+        Losses that need sample embeddings are left out where the target is the class embeddings, and that is said.
 
         Raises:
             PipelineError: the recipe is unknown or wrong, or a loss of samples is asked for beside target `class`.
@@ -56,7 +57,10 @@ class DistillSettings(BaseModel):
             return recipe
         if asked := [name for name in SAMPLE_LOSSES if self.overrides.get(name)]:
             raise PipelineError(f"{', '.join(asked)}: needs sample embeddings. Pass --target sample or both.")
-        return recipe.model_copy(update=dict.fromkeys(SAMPLE_LOSSES, 0.0) | {"replay_views": False})
+        update = dict.fromkeys(SAMPLE_LOSSES, 0.0) | {"replay_views": False}
+        if left_out := [name for name in update if getattr(recipe, name)]:
+            LOGGER.info("Left out of the recipe, since they need --target sample or both: %s.", ", ".join(left_out))
+        return recipe.model_copy(update=update)
 
 
 class EvaluateSettings(BaseModel):

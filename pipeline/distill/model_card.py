@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from pipeline.distill.provenance import UNKNOWN, base_name, plain, read_json, recorded, training_command
 from pipeline.distill.recipe import Recipe, recipe_as_toml
+from pipeline.errors import PipelineError
 from pipeline.output import write_atomically
 
 _CLASSES_SHOWN = 10
@@ -29,11 +30,14 @@ def write_model_card(run_directory: Path) -> None:
         run_directory: with `run.json` and `student/config.json`.
 
     Raises:
-        PipelineError: one of them cannot be read.
+        PipelineError: one of them cannot be read, or the card not be written.
     """
     folder = run_directory / "student"
     card = model_card(read_json(folder / "config.json"), read_json(run_directory / "run.json"))
-    write_atomically(folder / "README.md", card.encode())
+    try:
+        write_atomically(folder / "README.md", card.encode())
+    except OSError as error:
+        raise PipelineError(f"{folder / 'README.md'}: cannot be written ({error.strerror or error}).") from None
 
 
 def model_card(student_config: Any, run_record: Any) -> str:

@@ -6,6 +6,7 @@
     RUN/tensorboard/      the same as scalars
     RUN/run.json          settings, versions, artifact digest, results
     RUN/report.html       all of it to look at, of a run that came to its end
+    RUN/lock              while a process trains here
 
 It appears with the first checkpoint or student, so that there is no run directory with nothing to go on from.
 """
@@ -15,7 +16,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,23 @@ import torch
 
 from pipeline.distill.checkpoint import Checkpoints
 from pipeline.distill.loop import Compute, Trainer
-from pipeline.distill.model_card import write_model_card
 from pipeline.distill.student import save_student
 from pipeline.errors import PipelineError, describe_differences, first_line
+from pipeline.folder_lock import LOCK_NAME, FolderLock
 from pipeline.output import check_output, write_atomically
 from pipeline.progress import LOGGER
 from pipeline.runtime import software_versions
 
 _SOFTWARE = ("torch", "torchvision", "timm", "datasets", "numpy", "pillow", "safetensors")
 _SCALAR_GROUPS = {"top1": "evaluation", "top5": "evaluation", "epoch": None, "step": None}
-# What a resumed run must share with the run before it: these parts of the record.
+# What a resumed run must share with the run before it: these parts of the record …
 _SHARED = ("settings", "recipe", "artifact", "data", "compute")
+# … without what only leads to something that another entry tells in full, or by its digest.
+_NAMES = (
+    *(("settings", name) for name in ("recipe", "overrides", "data", "eval_split")),
+    *(("data", name) for name in ("name", "revision", "licence", "evaluated_on")),
+    *(("artifact", "file"), ("data", "join", "artifact")),
+)
 
 
 class RunDirectory:
@@ -73,27 +80,24 @@ class RunDirectory:
             trainer: at the start of the run; set to the last checkpoint.
 
         Raises:
-            PipelineError: the older part has other settings, or its checkpoints are damaged.
+            PipelineError: the older part has other settings, or its checkpoints are damaged; another process trains
+                there.
         """
         self._record = {"status": "running", **record, "machine": _machine(trainer.compute)}
         self._record["software"] = software_versions(_SOFTWARE)
         try:
-            if self.resumes:
-                self._resume(trainer)
-            else:
-                shutil.rmtree(self._work, ignore_errors=True)
-                self._work.mkdir()
-            self._write_record()
-            try:
-                yield
-            finally:
-                if self._scalars is not None:
-                    self._scalars.close()
-        except BaseException as error:
-            self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
-            if isinstance(error, OSError):
-                raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
-            raise
+            with self._alone():
+                try:
+                    self._begin(trainer)
+                    yield
+                except BaseException as error:
+                    self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
+                    raise
+                finally:
+                    if self._scalars is not None:
+                        self._scalars.close()
+        except OSError as error:
+            raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
 
     def log_epoch(self, line: Mapping[str, float]) -> None:
         """Append one epoch to the metrics; its student has been saved before.
@@ -123,22 +127,48 @@ class RunDirectory:
         self._record |= parts
         self._write_record()
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Record the results and that the run came to its end, and write the student's model card."""
-        self.note({"status": "finished", "result": dict(result)})
-        write_model_card(self.path)
+    def finish(self) -> None:
+        """Record that the run came to its end."""
+        self.note({"status": "finished"})
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out of the run directory, and of what is to become it."""
+        taken = f"{self.path}: another process trains there. Wait for it, or choose another --out."
+        with ExitStack() as stack:
+            for folder in dict.fromkeys((self.path, self._work)):
+                if folder == self._work:
+                    folder.mkdir(exist_ok=True)
+                elif not folder.exists():
+                    continue
+                lock = FolderLock(folder, taken)
+                lock.take()
+                stack.callback(lock.release)
+                stack.callback((self.path / LOCK_NAME).unlink, missing_ok=True)
+            yield
+
+    def _begin(self, trainer: Trainer) -> None:
+        if self.resumes:
+            self._resume(trainer)
+        else:
+            for left in self._work.iterdir():  # by a run that was killed
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK_NAME:
+                    left.unlink()
+        self._write_record()
 
     def _resume(self, trainer: Trainer) -> None:
         try:
             before = json.loads((self.path / "run.json").read_text("utf-8"))
-            shared = {part: dict(before[part]) for part in _SHARED}
+            shared = _shared(before)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{self.path}: run.json is damaged ({first_line(error)}), so it is not known what to go on with. "
                 "Begin anew with --overwrite."
             ) from None
         now = json.loads(json.dumps(self._record))
-        if differing := describe_differences(shared, {part: now[part] for part in _SHARED}):
+        if differing := describe_differences(shared, _shared(now)):
             raise PipelineError(
                 f"{self.path}: is a run of other settings: {'; '.join(differing)}. Pass the same, or another --out."
             )
@@ -188,6 +218,18 @@ class RunDirectory:
     def _write_record(self) -> None:
         text = json.dumps(self._record, indent=2, ensure_ascii=False) + "\n"
         write_atomically(self._work / "run.json", text.encode())
+
+
+def _shared(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a resumed run must have in common with the run before it."""
+    parts = {part: dict(record[part]) for part in _SHARED}
+    for *path, name in _NAMES:
+        holder: Any = parts
+        for key in path:
+            holder = holder.get(key)
+        if isinstance(holder, dict):
+            holder.pop(name, None)
+    return parts
 
 
 def _machine(compute: Compute) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Stage two, from settings to run directory."""
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from pipeline.distill.config import DistillSettings
 from pipeline.distill.evaluate import Evaluation
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.loop import Trainer
+from pipeline.distill.model_card import write_model_card
 from pipeline.distill.outcome import mistaken_images, outcome_of
 from pipeline.distill.preparation import Prepared, compute_for, prepare
 from pipeline.distill.record import RunDirectory
@@ -82,8 +84,8 @@ def distill(settings: DistillSettings) -> DistillResult:
             noted = asdict(result) | {"run_directory": settings.out.name}
             del noted["report"]
             directory.note({"result": noted, "outcome": asdict(outcome)})
-            report = _write_report(directory.path, mistaken_images(outcome, images))
-            directory.finish(noted)
+            report = _write_pages(directory.path, mistaken_images(outcome, images))
+            directory.finish()
             return replace(result, report=report)
 
 
@@ -104,8 +106,12 @@ def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: flo
     )
 
 
-def _write_report(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | None:
-    """Write the page; a run that has come so far does not fail for want of it."""
+def _write_pages(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | None:
+    """Write model card and report; a run that has come so far does not fail for want of them."""
+    try:
+        write_model_card(folder)
+    except PipelineError as error:
+        LOGGER.warning("There is no model card: %s", error)
     try:
         return write_run_page(folder, pictures)
     except PipelineError as error:
@@ -130,6 +136,7 @@ def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -
             "revision": data.revision,
             "licence": data.licence,
             "num_classes": len(data.class_names),
+            "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
             "train_sha256": _digest(images.train),
             "evaluation_sha256": _digest(images.evaluation),
             "evaluated_on": images.evaluation_name,

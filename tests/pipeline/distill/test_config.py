@@ -38,8 +38,14 @@ def test_sample_targets_keep_the_losses_of_samples(target: str) -> None:
     assert settings(recipe="strong", target=target).resolved_recipe() == load_recipe("strong")
 
 
-def test_class_targets_leave_out_what_needs_samples_and_nothing_else() -> None:
+def test_class_targets_leave_out_what_needs_samples_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "clip_embed_kd")
     found = settings(recipe="strong", target="class").resolved_recipe()
+    assert caplog.messages == [
+        "Left out of the recipe, since they need --target sample or both: cosine_weight, soft_label_weight, replay_views."
+    ]
+    assert settings(recipe="paper", target="class").resolved_recipe() == load_recipe("paper")
+    assert len(caplog.messages) == 1
     without = {"cosine_weight": 0.0, "soft_label_weight": 0.0, "replay_views": False}
     assert found == load_recipe("strong").model_copy(update=without)
 

@@ -28,10 +28,10 @@ from tests.pipeline.distill.examples import (
 )
 
 RECORD: dict[str, dict[str, Any]] = {
-    "settings": {"seed": 0, "data": {"split": "train"}, "eval_split": None},
+    "settings": {"seed": 0, "recipe": "paper", "overrides": {}, "data": {"split": "train"}, "eval_split": None},
     "recipe": {"epochs": 3, "alpha2": 0.5, "augmentation": {"horizontal_flip": 0.5}},
     "artifact": {"file": "a.safetensors", "manifest_sha256": "a" * 64},
-    "data": {"name": "images", "join": {"missing_rows": ()}},
+    "data": {"name": "images", "evaluated_on": "split test", "train_sha256": "c" * 64, "join": {"missing_rows": ()}},
     "compute": {"device": "cpu", "precision": "float32"},
 }
 WHOLE = ["checkpoints", "metrics.jsonl", "run.json", "student", "tensorboard"]
@@ -97,7 +97,8 @@ def record_epochs(run: Run, out: Path, num_epochs: int, error: BaseException | N
             run.epoch(directory)
         if error is not None:
             raise error
-        directory.finish({"top1": 51.0})
+        directory.note({"result": {"top1": 51.0}})
+        directory.finish()
 
 
 def refusal(run: Run, out: Path, **options: Any) -> str:
@@ -137,16 +138,17 @@ def test_the_directory_appears_with_the_first_checkpoint(run: Run, out: Path) ->
         for batch in run.feed.epoch(1):
             run.trainer.step(batch, 1)
         directory.save_checkpoint(run.trainer)
-        assert file_names(out) == ["checkpoints", "run.json", "tensorboard"]
+        assert file_names(out) == ["checkpoints", "lock", "run.json", "tensorboard"]
         assert read(out)["status"] == "running"
         directory.save_student(run.trainer)
         directory.log_epoch({"epoch": 1, "step": 1})
-        assert file_names(out) == WHOLE
-        directory.finish({"top1": 51.0})
+        directory.note({"result": {"top1": 51.0}})
+        directory.finish()
     assert read(out)["status"] == "finished"
     assert read(out)["result"] == {"top1": 51.0}
     assert file_names(out.parent) == ["run"]
-    assert file_names(out / "student") == ["README.md", "config.json", "model.safetensors"]
+    assert file_names(out) == WHOLE
+    assert file_names(out / "student") == ["config.json", "model.safetensors"]
     assert file_names(out / "checkpoints") == ["00000001"]
     assert equal_weights(weights_of(load_student(out)), weights_of(run.trainer.kept))
 
@@ -327,7 +329,7 @@ def test_a_disk_that_is_full_for_the_record_too_is_said(run: Run, out: Path, mon
         with recording(run.trainer, out) as directory:
             run.epoch(directory)
             monkeypatch.setattr(module, "write_atomically", full)
-            directory.finish({})
+            directory.finish()
 
     with pytest.raises(PipelineError) as caught:
         record()
@@ -347,7 +349,7 @@ def test_a_stopped_run_is_gone_on_with(run: Run, other: Run, out: Path, caplog: 
         assert other.trainer.progress == run.trainer.progress
         assert equal_weights(weights_of(other.trainer.kept), weights_of(run.trainer.kept))
         other.epoch(directory)
-        directory.finish({})
+        directory.finish()
     assert caplog.messages == ["Going on after step 2, in epoch 2."]
     assert metrics(out) == [(1, 1), (3, 3)]  # epoch 2 is closed again by the run itself
     assert read(out)["status"] == "finished"
@@ -404,21 +406,65 @@ def test_every_setting_that_differs_is_named(run: Run, other: Run, out: Path) ->
     record_epochs(run, out, 1)
     before = (out / "run.json").read_bytes()
     changed = {
-        "settings": {"seed": 1, "data": {"split": "test"}, "eval_split": "dev"},
+        "settings": {"seed": 1, "recipe": "paper", "overrides": {}, "data": {"split": "train"}, "eval_split": None},
         "recipe": {"epochs": 3, "alpha2": 0.25, "augmentation": {"horizontal_flip": 0.0, "operations": 1}},
         "artifact": {"file": "a.safetensors", "manifest_sha256": "b" * 64},
-        "data": {"name": "images", "join": {"missing_rows": (3,)}},
+        "data": {"name": "images", "evaluated_on": "a tenth", "train_sha256": "d" * 64, "join": {"missing_rows": (3,)}},
         "compute": {"device": "cuda", "precision": "float32"},
     }
     assert refusal(other, out, resume=True, record=changed) == (
         f'{out}: is a run of other settings: artifact.manifest_sha256 was "{"a" * 64}", is "{"b" * 64}"; '
-        'compute.device was "cpu", is "cuda"; data.join.missing_rows was [], is [3]; recipe.alpha2 was 0.5, is 0.25; '
+        'compute.device was "cpu", is "cuda"; data.join.missing_rows was [], is [3]; '
+        f'data.train_sha256 was "{"c" * 64}", is "{"d" * 64}"; recipe.alpha2 was 0.5, is 0.25; '
         "recipe.augmentation.horizontal_flip was 0.5, is 0.0; recipe.augmentation.operations was null, is 1; "
-        'settings.data.split was "train", is "test"; settings.eval_split was null, is "dev"; '
         "settings.seed was 0, is 1. Pass the same, or another --out."
     )
     assert (out / "run.json").read_bytes() == before
     assert metrics(out) == [(1, 1)]
+    assert file_names(out.parent) == ["run"]
+
+
+def test_other_names_for_the_same_are_no_difference(run: Run, other: Run, out: Path) -> None:
+    """What is trained on, and how, is told by digests and by the recipe as it was resolved."""
+    record_epochs(run, out, 1)
+    names: dict[str, dict[str, Any]] = {
+        "settings": {"recipe": "my.toml", "overrides": {"alpha2": 0.5}, "data": {"split": "all"}, "eval_split": "dev"},
+        "artifact": {"file": "moved.h5"},
+        "data": {"name": "copy", "revision": "1", "licence": "MIT", "evaluated_on": "split dev"},
+    }
+    record = {part: values | names.get(part, {}) for part, values in RECORD.items()}
+    record_epochs(other, out, 0, resume=True, record=record)
+    assert read(out)["data"]["name"] == "copy"
+    assert metrics(out) == []
+
+
+# Two processes
+
+
+def test_two_runs_at_once_do_not_mix(run: Run, other: Run, out: Path) -> None:
+    taken = f"{out}: another process trains there. Wait for it, or choose another --out."
+    with recording(run.trainer, out) as directory:
+        assert refusal(other, out) == taken  # both begin
+        assert file_names(out.parent / ".run.partial") == ["lock", "run.json"]
+        run.epoch(directory)
+        assert refusal(other, out, resume=True) == refusal(other, out, overwrite=True) == taken
+        assert file_names(out.parent) == ["run"]
+        run.epoch(directory)
+        directory.finish()
+    assert metrics(out) == [(1, 1), (2, 2)]
+    assert file_names(out) == WHOLE
+    record_epochs(other, out, 1, overwrite=True)
+    assert metrics(out) == [(1, 1)]
+    assert file_names(out) == WHOLE
+
+
+def test_an_older_run_is_replaced_by_one_process_only(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    with recording(run.trainer, out, overwrite=True) as directory:
+        message = f"{out}: another process trains there. Wait for it, or choose another --out."
+        assert refusal(other, out, resume=True) == refusal(other, out, overwrite=True) == message
+        run.epoch(directory)
+    assert file_names(out) == WHOLE
     assert file_names(out.parent) == ["run"]
 
 

@@ -205,23 +205,29 @@ def test_names_of_strangers_do_nothing(copied: Path) -> None:
     assert "w" * 59 + "…" in hostile.texts
 
 
+@pytest.mark.parametrize(
+    ("writer", "name", "what"),
+    [("write_run_page", "report.html", "report"), ("write_model_card", "student/README.md", "model card")],
+)
 def test_a_page_that_cannot_be_written_costs_no_run(
+    writer: str,
+    name: str,
+    what: str,
     artifact: Path,
     saved_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(folder: Path, pictures: object) -> Path:
-        raise PipelineError(f"{folder / 'report.html'}: cannot be written (No space left on device).")
+    def fail(folder: Path, pictures: object = None) -> Path:
+        raise PipelineError(f"{folder / name}: cannot be written (No space left on device).")
 
-    monkeypatch.setattr(run_module, "write_run_page", fail)
+    monkeypatch.setattr(run_module, writer, fail)
     out = tmp_path / "run"
     result = distill(settings_of(artifact, saved_data, out))
-    assert result.report is None
-    assert caplog.messages[-1] == (
-        f"There is no report: {out / 'report.html'}: cannot be written (No space left on device)."
-    )
+    assert result.report == (None if what == "report" else out / "report.html")
+    assert caplog.messages[-1] == f"There is no {what}: {out / name}: cannot be written (No space left on device)."
+    assert not (out / name).exists()
     assert json.loads((out / "run.json").read_text("utf-8"))["status"] == "finished"
 
 
