@@ -101,20 +101,20 @@ def table(runs: Mapping[str, Figures]) -> list[str]:
             continue
         base = _by_seed(runs, arm.against)
         differences = [run["top1"] - base[seed]["top1"] for seed, run in mine.items() if seed in base]
-        told = _spread(differences, sign="+") if differences and name != arm.against else ""
-        cells = [_spread([run[key] for run in mine.values()]) for key in ("top1", "top5")]
+        told = spread(differences, sign="+") if differences and name != arm.against else ""
+        cells = [spread([run[key] for run in mine.values()]) for key in ("top1", "top5")]
         lines.append(f"| {' | '.join([name, str(len(mine)), *cells, told])} |")
     return lines
 
 
-def _by_seed(runs: Mapping[str, Figures], arm: str) -> dict[int, Figures]:
-    return {run["seed"]: run for run in runs.values() if run["arm"] == arm and "top1" in run}
-
-
-def _spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float], sign: str = "") -> str:
     """Write mean and, of several, sample standard deviation."""
     mean = f"{statistics.mean(values):{sign}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _by_seed(runs: Mapping[str, Figures], arm: str) -> dict[int, Figures]:
+    return {run["seed"]: run for run in runs.values() if run["arm"] == arm and "top1" in run}
 
 
 def _options(arm: str, seed: int, scale: Scale) -> list[str]:

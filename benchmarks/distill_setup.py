@@ -52,14 +52,7 @@ class Setup:
 
     def subset(self, num_train: int, num_test: int) -> Path:
         """Return the folder of some of CIFAR-100: the first rows of each class in turn."""
-        folder = self.work / f"cifar100-{num_train}-{num_test}"
-        if not folder.exists():
-            datasets.disable_progress_bars()
-            with made_inputs.whole_folder(folder) as unfinished:
-                chosen = {"train": num_train, "test": num_test}
-                splits = {name: first_rows(name, number) for name, number in chosen.items()}
-                datasets.DatasetDict(splits).save_to_disk(str(unfinished))
-        return folder
+        return subset(self.work, num_train, num_test)
 
     def artifact(self, kind: str, dataset: Path, teacher: Path = KNOWN_TEACHER) -> Path:
         """Return the artifact of a data set's training images.
@@ -91,6 +84,18 @@ class Setup:
     def of_data(self, dataset: Path) -> list[str]:
         """Return the options that name a data set."""
         return ["--dataset", str(dataset), "--label-column", LABEL_COLUMN]
+
+
+def subset(work: Path, num_train: int, num_test: int) -> Path:
+    """Return the folder of some of CIFAR-100: the first rows of each class in turn, made once in a folder."""
+    folder = work / f"cifar100-{num_train}-{num_test}"
+    if not folder.exists():
+        datasets.disable_progress_bars()
+        with made_inputs.whole_folder(folder) as unfinished:
+            chosen = {"train": num_train, "test": num_test}
+            splits = {name: first_rows(name, number) for name, number in chosen.items()}
+            datasets.DatasetDict(splits).save_to_disk(str(unfinished))
+    return folder
 
 
 def first_rows(split: str, number: int) -> Any:
