@@ -1,0 +1,156 @@
+"""Runs what is planned and not there yet.
+
+Each result is written as it comes; what was stopped goes on another time.
+"""
+
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.extract_setup import ROOT
+from benchmarks.reproduce_commands import Place
+from benchmarks.reproduce_processes import StoppedError
+from benchmarks.reproduce_results import Surroundings, read_result, result_of, settings_of, write_result
+from benchmarks.reproduce_runs import Measurement, Run
+from benchmarks.reproduce_study import Job, Study
+
+Execute = Callable[[Sequence[str]], dict[str, Any]]
+
+
+@dataclass
+class Outcome:
+    """What became of the runs: how many came to their end, which failed, and how many are still to be run."""
+
+    num_done: int = 0
+    failed: list[str] = field(default_factory=list)
+    num_left: int = 0
+
+
+class Bench:
+    """Runs jobs of one study at one place, with results in a folder of the scale."""
+
+    def __init__(self, study: Study, place: Place, results: Path, surroundings: Surroundings) -> None:
+        """Bring together what is needed; nothing is looked at.
+
+        Args:
+            study: what runs need.
+            place: where they take place.
+            results: the folder of the scale.
+            surroundings: noted beside each result.
+        """
+        self._study, self._place, self._results, self._surroundings = study, place, results, surroundings
+        self._making = threading.Lock()  # two runs that need the same thing wait for it
+        self._broken: set[Run] = set()  # needed, and cannot be made
+
+    def run(self, jobs: Sequence[Job], execute: Execute, num_at_once: int) -> Outcome:
+        """Run jobs, and what they need; one that fails does not hold up the others.
+
+        Args:
+            jobs: all of them pending.
+            execute: runs a command to its end, and returns its JSON.
+            num_at_once: trainings side by side; measurements are alone.
+
+        Returns:
+            What became of them.
+        """
+        outcome = Outcome(num_left=len(jobs))
+
+        def attempt(job: Job) -> None:
+            try:
+                with self._making:
+                    for need in self._study.needs(job.run):
+                        self._make(need, execute)
+                self._run(job, execute)
+            except StoppedError:
+                return
+            except (subprocess.CalledProcessError, _NeedError) as error:  # the program has said why
+                outcome.failed.append(f"{_told(job)} ({error})")
+            else:
+                outcome.num_done += 1
+            outcome.num_left -= 1
+
+        alone = [job for job in jobs if isinstance(job.run, Measurement)]
+        for job in alone:
+            attempt(job)
+        with ThreadPoolExecutor(num_at_once) as threads:
+            list(threads.map(attempt, [job for job in jobs if job not in alone]))
+        return outcome
+
+    def _make(self, need: Job, execute: Execute) -> None:
+        if need.run in self._broken:
+            raise _NeedError(need.run.name)
+        if self._place.made_by(need.run).exists():
+            return
+        try:
+            self._run(need, execute)
+        except subprocess.CalledProcessError:
+            self._broken.add(need.run)
+            raise _NeedError(need.run.name) from None
+
+    def _run(self, job: Job, execute: Execute) -> None:
+        made = self._place.made_by(job.run)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        click.echo(f"{_told(job)} …", err=True)
+        told = execute(self._place.command(job.run))
+        result = result_of(job.run, told, made, self._surroundings)
+        write_result(result_path(self._results, job), result)
+        shutil.rmtree(made / "checkpoints", ignore_errors=True)  # a hundred runs have tens of gigabytes of them
+        accuracy = "" if result.accuracy is None else f": {result.accuracy:.2f} %"
+        click.echo(f"{_told(job)}{accuracy}", err=True)
+
+
+def pending(jobs: Sequence[Job], results: Path) -> list[Job]:
+    """Return the jobs without a result of just these settings.
+
+    Args:
+        jobs: of one scale.
+        results: the folder of the scale.
+
+    Raises:
+        PipelineError: a file in the place of a result is none.
+    """
+    left = []
+    for job in jobs:
+        path = result_path(results, job)
+        is_there = path.exists()
+        if is_there and read_result(path).settings == settings_of(job.run):
+            continue
+        if is_there:
+            click.echo(f"{_told(job)}: the result there is of other settings, and will be replaced.", err=True)
+        left.append(job)
+    return left
+
+
+def result_path(results: Path, job: Job) -> Path:
+    """Return the file of a job's result."""
+    return results / job.target / f"{job.run.name}.json"
+
+
+def commit() -> str | None:
+    """Return the commit of the program, with a + where its files differ from it; none outside a repository."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        parts = ["cli.py", "store", "pipeline", "benchmarks/*.py"]
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *parts], check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + ("+" if changed else "")
+
+
+class _NeedError(Exception):
+    """What a run needs could not be made."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} could not be made"
+
+
+def _told(job: Job) -> str:
+    return f"{job.target}/{job.run.name}"

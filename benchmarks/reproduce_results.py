@@ -1,0 +1,199 @@
+"""The file of a result: what is kept of a program's JSON, beside all that decides it and where it was measured.
+
+    FOLDER/<scale>/<target>/<run>.json
+
+Files say nothing of folders: they go into the repository. Tables are made from them alone.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmarks.reproduce_runs import Extraction, Measurement, Run, Training
+from pipeline.errors import PipelineError, describe_problems, first_line
+from pipeline.output import write_atomically
+
+# What is kept of what the programs print, by any of their names.
+_KEPT = (
+    *("top5", "num_parameters", "num_steps", "train_seconds", "images_per_second", "feed_share", "teacher_seconds"),
+    *("num_images", "seconds", "artifact_bytes", "memory", "ms_per_step", "epoch_seconds", "memory_bytes"),
+    *("file_page_bytes", "weight_bytes", "weight_ratio", "sizes"),
+)
+_MOST_LINES = 40  # of a curve
+
+
+class Result(BaseModel):
+    """One run's result. `accuracy` is in percent, of the last epoch, and none where nothing was evaluated.
+
+    `settings` decide it; `conditions` only how long it took: whether the step was compiled, and how many ran at once.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    recipe: str | None
+    artifact: str | None
+    epochs: int | None
+    seed: int | None
+    accuracy: float | None = Field(allow_inf_nan=False, ge=0, le=100)
+    settings: Mapping[str, str | int | float | None]
+    measured: Mapping[str, Any]
+    curve: tuple[Mapping[str, float], ...]
+    manifest_sha256: str | None
+    conditions: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: str | None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most that it held on the device, where that has memory of its own, else in RAM."""
+        if "memory_bytes" in self.measured:
+            return int(self.measured["memory_bytes"])
+        memory: Mapping[str, int] = self.measured.get("memory", {})
+        return memory.get("device_bytes") or memory.get("resident_bytes")
+
+
+class Results:
+    """The results of one scale, found by what was run."""
+
+    def __init__(self, found: Iterable[Result]) -> None:
+        """Take results; of the same settings the last one counts."""
+        self._found = {frozenset(result.settings.items()): result for result in found}
+
+    def all(self) -> list[Result]:
+        """Return all of them, in order."""
+        return list(self._found.values())
+
+    def of(self, run: Run) -> Result | None:
+        """Return the result of a run, if there is one."""
+        return self._found.get(frozenset(settings_of(run).items()))
+
+    def by_seed(self, training: Training) -> dict[int, Result]:
+        """Return the results of a training by seed, whichever seed it says itself."""
+        seeds = sorted({result.seed for result in self._found.values() if result.seed is not None})
+        found = {seed: self.of(replace(training, seed=seed)) for seed in seeds}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+    def accuracies(self, training: Training) -> dict[int, float]:
+        """Return the accuracies of a training in percent, by seed."""
+        found = self.by_seed(training)
+        return {seed: result.accuracy for seed, result in found.items() if result.accuracy is not None}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where results are made, and with what."""
+
+    conditions: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    commit: str | None
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return everything that decides a run's result."""
+    return {"run": type(run).__name__.lower(), **asdict(run)}
+
+
+def result_of(run: Run, told: Mapping[str, Any], made: Path, surroundings: Surroundings) -> Result:
+    """Make the result of a run.
+
+    Args:
+        run: what was run.
+        told: the JSON that its program printed.
+        made: what it left: of a training the run directory.
+        surroundings: where it ran.
+    """
+    measured = {name: told[name] for name in _KEPT if not isinstance(told.get(name), str | None)}  # no paths
+    if "peak_memory_bytes" in told:
+        memory = {"resident_bytes": told["peak_memory_bytes"], "device_bytes": told["peak_device_memory_bytes"]}
+        measured["memory"] = memory
+    if isinstance(run, Extraction):
+        measured["report_card"] = _shares(told["report_card"])
+    record = _json(made / "run.json") if isinstance(run, Training) else {}
+    if precision := told.get("precision") or record.get("compute", {}).get("precision"):
+        measured["precision"] = precision
+    digest = told.get("manifest_sha256") or record.get("artifact", {}).get("manifest_sha256")
+    return Result(
+        recipe=getattr(run, "recipe", None),
+        artifact=None if isinstance(run, Measurement) else _artifact(run, record),
+        epochs=getattr(run, "epochs", None),
+        seed=getattr(run, "seed", None),
+        accuracy=_accuracy(told),
+        settings=settings_of(run),
+        measured=measured,
+        curve=_curve(made / "metrics.jsonl") if isinstance(run, Training) else (),
+        manifest_sha256=digest,
+        **vars(surroundings),
+    )
+
+
+def read_results(folder: Path) -> Results:
+    """Read all files of a scale.
+
+    Args:
+        folder: of the scale; it may be missing.
+
+    Raises:
+        PipelineError: a file is not a result.
+    """
+    return Results(map(read_result, sorted(folder.glob("*/*.json"))))
+
+
+def read_result(path: Path) -> Result:
+    """Read a result.
+
+    Raises:
+        PipelineError: the file is not one.
+    """
+    try:
+        return Result.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        reason = describe_problems(error)
+    except OSError as error:
+        reason = first_line(error)
+    raise PipelineError(f"{path}: is not a result ({reason}). Remove it, and run its target again.")
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write a result as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def _accuracy(told: Mapping[str, Any]) -> float | None:
+    if "report_card" in told:
+        return _shares(told["report_card"]).get("ridge")
+    accuracy: float | None = told.get("top1", told.get("accuracy"))
+    return accuracy
+
+
+def _shares(report_card: Mapping[str, Any]) -> dict[str, float]:
+    """Return the accuracies of a report card in percent."""
+    names = ("nearest_mean", "ridge", "ten_neighbours")
+    return {name: 100 * report_card[name]["share"] for name in names if report_card.get(name)}
+
+
+def _artifact(run: Run, record: Mapping[str, Any]) -> str | None:
+    if isinstance(run, Extraction):
+        return run.name
+    file: str | None = record.get("artifact", {}).get("file")
+    return file and Path(file).stem
+
+
+def _curve(path: Path) -> tuple[dict[str, float], ...]:
+    """Return loss and accuracy of the epochs that were evaluated, thinned out where they are many."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    kept = [{name: line[name] for name in ("epoch", "loss", "top1")} for line in lines if "top1" in line]
+    step = -(-len(kept) // _MOST_LINES) or 1
+    return tuple(kept[::-step][::-1])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return document

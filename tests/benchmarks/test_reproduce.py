@@ -1,0 +1,340 @@
+"""What is run, when, and what is kept of it; the programs are stood in for."""
+
+import json
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from benchmarks import reproduce
+from benchmarks import reproduce_paper as paper
+from benchmarks.extract_setup import ROOT
+from benchmarks.reproduce_commands import Place
+from benchmarks.reproduce_processes import Processes, StoppedError
+from benchmarks.reproduce_results import read_results
+from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
+from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
+from tests.benchmarks.made_results import Programs
+
+TRIAL = SCALES["trial"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "dataset", lambda work, scale: tmp_path / "data")
+    monkeypatch.setattr(reproduce, "teachers_at_hand", lambda folder: {KNOWN: tmp_path / KNOWN})
+    monkeypatch.setenv("CLIP_EMBED_KD_CACHE", str(tmp_path / "cache"))
+
+
+def call(folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    monkeypatch.setattr(reproduce, "Processes", lambda: programs)
+    folders = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--docs", str(folder / "docs")]
+    return CliRunner().invoke(reproduce.main, [*arguments, *folders, "--scale", "trial", "--device", "cpu"])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    paths = sorted((folder / "results").glob("*/*/*.json"))
+    return {str(path.relative_to(folder / "results")): json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def test_every_target_lands_its_results_and_a_second_call_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Programs(), Programs()
+    said = call(tmp_path, first, monkeypatch, "all", "--seeds", "2")
+    assert said.exit_code == 0, said.output
+    written = results(tmp_path)
+    assert len(written) == len(first.commands)
+    # What table 1 and the live teachers are made of is measured for others already, but for these.
+    assert {Path(name).parts[:2] for name in written} == {("trial", target) for target in (*TARGETS, ARTIFACTS)}
+    for document in written.values():
+        assert {"recipe", "artifact", "epochs", "seed", "accuracy", "machine", "versions", "commit"} <= set(document)
+    assert call(tmp_path, second, monkeypatch, "all", "--seeds", "2").exit_code == 0
+    assert second.commands == []
+
+
+def test_results_say_nothing_of_folders_and_checkpoints_do_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(tmp_path, Programs(), monkeypatch, "all", "--seeds", "1").exit_code == 0
+    assert str(tmp_path) not in json.dumps(results(tmp_path))
+    assert list((tmp_path / "work").rglob("metrics.jsonl"))
+    assert not list((tmp_path / "work").rglob("checkpoints"))
+
+
+def test_what_is_kept_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(tmp_path, Programs(), monkeypatch, "fig3", "--seeds", "1").exit_code == 0
+    name = f"embed-{KNOWN}-large-32px-paper-alpha2-1-200-images-seed-0"
+    document = results(tmp_path)[f"trial/fig3/{name}.json"]
+    for part in ("machine", "versions", "commit"):
+        del document[part]
+    assert document == {
+        "recipe": "paper",
+        "artifact": f"{KNOWN}-200-images-class",
+        "epochs": 1,
+        "seed": 0,
+        "accuracy": 12.5,
+        "settings": {
+            "run": "training",
+            "method": "embed",
+            "teacher": KNOWN,
+            "images": 200,
+            "epochs": 1,
+            "student": "large",
+            "image_size": 32,
+            "recipe": "paper",
+            "alpha2": 1.0,
+            "seed": 0,
+        },
+        "measured": {
+            "top5": 40.0,
+            "num_steps": 4,
+            "train_seconds": 2.0,
+            "images_per_second": 100.0,
+            "teacher_seconds": 0.0,
+            "precision": "bfloat16",
+            "memory": {"resident_bytes": 1000, "device_bytes": 0},
+        },
+        "curve": [{"epoch": 1, "loss": 4.5, "top1": 12.5}],
+        "manifest_sha256": "cd" * 32,
+        "conditions": {"compiled": False, "jobs": 1},
+    }
+
+
+def test_a_stop_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Programs()
+    assert call(tmp_path / "whole", whole, monkeypatch, "table2", "live").exit_code == 0
+    first, second = Programs(stop_after=12), Programs()
+    said = call(tmp_path, first, monkeypatch, "table2", "live")
+    assert said.exit_code == 0
+    assert "runs are left. The same command goes on." in said.output
+    assert call(tmp_path, second, monkeypatch, "table2", "live").exit_code == 0
+    number = len(str(tmp_path / "whole"))
+    assert len(first.commands + second.commands) == len(whole.commands), number
+    assert set(results(tmp_path)) == set(results(tmp_path / "whole"))
+
+
+def test_one_that_fails_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = call(tmp_path, Programs(failing=["--method logits"]), monkeypatch, "live", "--seeds", "1")
+    assert said.exit_code == 1
+    assert f"failed: live/logits-{KNOWN}-base-32px-paper-200-images-seed-0" in said.output
+    trained = [name for name in results(tmp_path) if ARTIFACTS not in name]
+    assert len(trained) == 5
+
+
+def test_what_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs(failing=["--views"])
+    said = call(tmp_path, programs, monkeypatch, "kinds", "--seeds", "2")
+    assert said.exit_code == 1
+    assert sum("--views" in command for command in programs.commands) == 2  # of two teachers
+    assert said.output.count("could not be made") == 4
+
+
+def test_several_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = Programs()
+    assert call(tmp_path, programs, monkeypatch, "kinds", "--seeds", "3", "--jobs", "4").exit_code == 0
+    assert len(results(tmp_path)) == len(programs.commands)
+    assert all(document["conditions"]["jobs"] == 4 for document in results(tmp_path).values())
+
+
+def test_a_result_of_other_settings_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(tmp_path, Programs(), monkeypatch, "table1").exit_code == 0
+    path = next((tmp_path / "results/trial/table1").glob("*-large-32px.json"))
+    document = json.loads(path.read_text("utf-8"))
+    document["settings"]["image_size"] = 16
+    path.write_text(json.dumps(document), "utf-8")
+    programs = Programs()
+    said = call(tmp_path, programs, monkeypatch, "table1")
+    assert f"table1/{path.stem}: the result there is of other settings, and will be replaced." in said.output
+    assert len(programs.commands) == 1
+    assert json.loads(path.read_text("utf-8"))["settings"]["image_size"] == 32
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(TRIAL, 1, [KNOWN], "cpu")
+    job = study.jobs(["table1"])[0]
+    path = tmp_path / "results/trial/table1" / f"{job.run.name}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"recipe": 1}')
+    said = call(tmp_path, Programs(), monkeypatch, "table1")
+    assert said.exit_code == 1
+    assert f"Error: {path}: is not a result (recipe: input should be a valid string, found 1; " in said.output
+    assert said.output.endswith("Remove it, and run its target again.\n")
+
+
+def test_without_a_teacher_accuracies_are_not_run_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce, "teachers_at_hand", lambda folder: {})
+    programs = Programs()
+    said = call(tmp_path, programs, monkeypatch, "all")
+    assert said.exit_code == 0
+    assert f"No accuracies: neither {paper.TEACHERS['Large-32']} nor {KNOWN} is at hand." in said.output
+    assert {Path(command[0]).name for command in programs.commands} == {"resources.py"}
+
+
+# The study
+
+
+def test_the_papers_teachers_come_first_and_others_stand_in_for_none_of_them() -> None:
+    large = paper.TEACHERS["Large-16"]
+    study = Study(SCALES["full"], 1, [large, KNOWN], "cuda")
+    assert study.at_hand(*paper.TEACHERS) == [large]
+    assert study.usual == [KNOWN]
+
+
+def test_runs_that_targets_share_are_run_once() -> None:
+    study = Study(SCALES["full"], 3, [KNOWN], "cpu")
+    jobs = study.jobs(TARGETS)
+    assert len(set(jobs)) == len({job.run for job in jobs})
+    shared = [job for job in study.jobs(["fig3"]) if job.target != "fig3"]
+    assert {(job.target, job.run.name) for job in shared} == {
+        ("table3", f"embed-{KNOWN}-large-32px-paper-alpha2-0.5-50000-images-seed-{seed}") for seed in range(3)
+    }
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_results_and_run_directories_have_names_of_their_own(scale: str, tmp_path: Path) -> None:
+    study = Study(SCALES[scale], 2, list(paper.TEACHERS.values()), "cpu")
+    place = Place(tmp_path, tmp_path, {}, KNOWN, "cpu", study.scale)
+    jobs = study.jobs(TARGETS)
+    assert len({(job.target, job.run.name) for job in jobs}) == len(jobs)
+    trained = [job.run for job in jobs if not isinstance(job.run, Measurement)]
+    assert len({place.made_by(run) for run in trained}) == len(trained)
+
+
+def test_few_labels_have_more_epochs_but_not_without_end() -> None:
+    full, reduced = SCALES["full"], SCALES["reduced"]
+    assert [full.few(labels, KNOWN, "paper", 0.5).epochs for labels in full.labels] == [800, 800, 800, 800, 200]
+    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [60, 60, 15, 8, 2]
+
+
+# Commands
+
+
+def place_in(folder: Path) -> Place:
+    teachers = {KNOWN: Path("teachers") / KNOWN}
+    return Place(folder, Path("data"), teachers, KNOWN, "cuda", SCALES["reduced"], compiles=True)
+
+
+def told(command: list[str]) -> str:
+    return " ".join([Path(command[0]).name, *command[1:]])
+
+
+def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
+    scale = SCALES["reduced"]
+    run = scale.training("views", KNOWN, recipe="strong", seed=2)
+    out = tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-15-epochs"
+    assert told(place_in(tmp_path).command(run)) == (
+        f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
+        f"--out {out} --student base --image-size 32 --recipe strong --epochs 15 --seed 2 --device cuda "
+        "--set warmup_epochs=0.75 "
+        "--limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both --compile"
+    )
+
+
+def test_the_command_of_a_training_with_a_live_teacher(tmp_path: Path) -> None:
+    run = SCALES["full"].training("teacher-kd", KNOWN)
+    out = tmp_path / "runs" / f"teacher-kd-{KNOWN}-base-32px-paper-50000-images-seed-0-200-epochs"
+    assert told(place_in(tmp_path).command(run)) == (
+        f"baselines.py --method teacher-kd --teacher teachers/{KNOWN} "
+        f"--artifact {tmp_path}/artifacts/{KNOWN}-50000-images-class.safetensors --dataset data --out {out} "
+        "--student base --image-size 32 --recipe paper --epochs 200 --seed 0 --device cuda --resume --json"
+    )
+
+
+def test_the_command_of_a_measurement(tmp_path: Path) -> None:
+    run = Study(SCALES["reduced"], 1, [], "cuda").measured("teacher", "Large-32", "large", 64)
+    assert told(place_in(tmp_path).command(run)) == (
+        "resources.py --student large --image-size 64 --teacher vit-large-patch32 --method teacher --steps 10 "
+        "--device cuda --json"
+    )
+
+
+def test_the_commands_of_a_fine_tuned_teacher(tmp_path: Path) -> None:
+    scale, place = SCALES["reduced"], place_in(tmp_path)
+    extraction = Extraction(f"{KNOWN}-finetuned", "samples", 5000)
+    needs = [job.run for job in Study(scale, 1, [KNOWN], "cuda").needs(extraction)]
+    assert [told(place.command(run)) for run in needs] == [
+        f"finetune_teacher.py --teacher teachers/{KNOWN} --epochs 3 --seed 0 --dataset data --label-column fine_label "
+        f"--limit 5000 --device cuda --out {tmp_path}/teachers/{KNOWN}-finetuned --json"
+    ]
+    assert told(place.command(extraction)) == (
+        f"cli.py extract --teacher {tmp_path}/teachers/{KNOWN}-finetuned --samples --report-split test --dataset data "
+        f"--label-column fine_label --limit 5000 --device cuda "
+        f"--out {tmp_path}/artifacts/{KNOWN}-finetuned-5000-images-samples.safetensors --json"
+    )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_commands_are_those_that_distill_takes(scale: str, tmp_path: Path) -> None:
+    from pipeline.distill.recipe import load_recipe, parse_overrides
+
+    study = Study(SCALES[scale], 1, [KNOWN], "cpu")
+    place = place_in(tmp_path)
+    for job in study.jobs(["labels", "kinds", "live"]):
+        command = place.command(job.run)
+        if command[1] == "distill":
+            changes = [command[at + 1] for at, option in enumerate(command) if option == "--set"]
+            recipe = command[command.index("--recipe") + 1]
+            found = load_recipe(recipe, parse_overrides(changes))
+            epochs = int(command[command.index("--epochs") + 1])
+            assert found.warmup_epochs == (epochs / 20 if recipe == "strong" else 0)
+
+
+# Processes
+
+
+def test_a_process_prints_json_or_says_that_it_failed() -> None:
+    processes = Processes()
+    assert processes.run(["-c", "print('{\"a\": 1}')"]) == {"a": 1}
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        processes.run(["-c", "raise SystemExit(3)"])
+    assert error.value.returncode == 3
+
+
+def test_processes_are_stopped_and_none_begins_after_it(tmp_path: Path) -> None:
+    processes, ready = Processes(), tmp_path / "ready"
+    program = f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
+
+    def stop() -> None:
+        while not ready.exists():
+            pass
+        processes.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(StoppedError):
+        processes.run(["-c", program])
+    thread.join()
+    with pytest.raises(StoppedError):
+        processes.run(["-c", "print('{}')"])
+
+
+def test_time_stops_processes_and_signals_end_the_program() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with reproduce.stopping(Processes(), 1e-6) as processes, pytest.raises(StoppedError):
+        processes.run(["-c", "import time; time.sleep(60)"])
+    with pytest.raises(SystemExit) as exit_:
+        be_terminated()
+    assert exit_.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def be_terminated() -> None:
+    with reproduce.stopping(Processes(), None) as processes:
+        signal.raise_signal(signal.SIGTERM)
+        while not processes.stopped:
+            pass
+
+
+def test_the_page_that_is_there_is_that_of_the_results_that_are_there() -> None:
+    from benchmarks.reproduce_page import SHOWN, page
+
+    found = {name: read_results(ROOT / "benchmarks" / "results" / name) for name in SHOWN}
+    made = (ROOT / "docs" / "reproduction.md").read_text("utf-8")
+    assert made == page(found), "run `python benchmarks/reproduce.py page`"
