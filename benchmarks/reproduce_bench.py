@@ -26,11 +26,12 @@ Execute = Callable[[Sequence[str]], dict[str, Any]]
 
 @dataclass
 class Outcome:
-    """What became of the runs: how many came to their end, which failed, and how many are still to be run."""
+    """What became of the runs: how many came to their end, which failed, how many are left, since all were stopped."""
 
     num_done: int = 0
     failed: list[str] = field(default_factory=list)
     num_left: int = 0
+    stopped: bool = False
 
 
 class Bench:
@@ -63,15 +64,20 @@ class Bench:
         outcome = Outcome(num_left=len(jobs))
 
         def attempt(job: Job) -> None:
+            if outcome.stopped:
+                return
             try:
                 with self._making:
                     for need in self._study.needs(job.run):
                         self._make(need, execute)
                 self._run(job, execute)
             except StoppedError:
+                outcome.stopped = True
                 return
-            except (subprocess.CalledProcessError, _NeedError) as error:  # the program has said why
-                outcome.failed.append(f"{_told(job)} ({error})")
+            except _NeedError as error:
+                outcome.failed.append(f"{_told(job)}: {error} could not be made")
+            except subprocess.CalledProcessError as error:  # the program has said why
+                outcome.failed.append(f"{_told(job)}: exit status {error.returncode}")
             else:
                 outcome.num_done += 1
             outcome.num_left -= 1
@@ -146,10 +152,7 @@ def commit() -> str | None:
 
 
 class _NeedError(Exception):
-    """What a run needs could not be made."""
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} could not be made"
+    """What a run needs could not be made: its name."""
 
 
 def _told(job: Job) -> str:

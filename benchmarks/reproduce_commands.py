@@ -27,7 +27,6 @@ _TARGETS = {
     "samples": ("--target", "both", "--set", "replay_views=false"),
     "views": ("--target", "both"),
 }
-_WARM_UP = 20  # of so many epochs is one: recipe `strong` has 10 of 200
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ class Place:
             "device": self.device,
         }
         given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        if run.recipe == "strong":
-            given += ["--set", f"warmup_epochs={run.epochs / _WARM_UP:g}"]
         return [*given, *_limit(run.images), "--resume", "--json"]
 
     def _extract(self, run: Extraction) -> list[str]:

@@ -123,7 +123,7 @@ def result_of(run: Run, told: Mapping[str, Any], made: Path, surroundings: Surro
         artifact=None if isinstance(run, Measurement) else _artifact(run, record),
         epochs=getattr(run, "epochs", None),
         seed=getattr(run, "seed", None),
-        accuracy=_accuracy(told),
+        accuracy=_accuracy(run, told),
         settings=settings_of(run),
         measured=measured,
         curve=_curve(made / "metrics.jsonl") if isinstance(run, Training) else (),
@@ -166,9 +166,9 @@ def write_result(path: Path, result: Result) -> None:
     write_atomically(path, text.encode())
 
 
-def _accuracy(told: Mapping[str, Any]) -> float | None:
-    if "report_card" in told:
-        return _shares(told["report_card"]).get("ridge")
+def _accuracy(run: Run, told: Mapping[str, Any]) -> float | None:
+    if isinstance(run, Extraction):  # of the others the report card is of training images that are held out
+        return _shares(told["report_card"]).get("ridge") if run.kind == "samples" else None
     accuracy: float | None = told.get("top1", told.get("accuracy"))
     return accuracy
 

@@ -18,6 +18,7 @@ from benchmarks.reproduce_processes import Processes, StoppedError
 from benchmarks.reproduce_results import read_results
 from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
 from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
+from pipeline.distill.recipe import load_recipe, parse_overrides
 from tests.benchmarks.made_results import Programs
 
 TRIAL = SCALES["trial"]
@@ -232,7 +233,6 @@ def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
     assert told(place_in(tmp_path).command(run)) == (
         f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
         f"--out {out} --student base --image-size 32 --recipe strong --epochs 15 --seed 2 --device cuda "
-        "--set warmup_epochs=0.75 "
         "--limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both --compile"
     )
 
@@ -271,19 +271,15 @@ def test_the_commands_of_a_fine_tuned_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_commands_are_those_that_distill_takes(scale: str, tmp_path: Path) -> None:
-    from pipeline.distill.recipe import load_recipe, parse_overrides
+def test_every_training_from_an_artifact_is_one_that_distill_takes(scale: str, tmp_path: Path) -> None:
+    import cli
 
-    study = Study(SCALES[scale], 1, [KNOWN], "cpu")
     place = place_in(tmp_path)
-    for job in study.jobs(["labels", "kinds", "live"]):
+    for job in Study(SCALES[scale], 1, [KNOWN], "cpu").jobs(["table3", "fig3", "labels", "kinds", "live"]):
         command = place.command(job.run)
         if command[1] == "distill":
-            changes = [command[at + 1] for at, option in enumerate(command) if option == "--set"]
-            recipe = command[command.index("--recipe") + 1]
-            found = load_recipe(recipe, parse_overrides(changes))
-            epochs = int(command[command.index("--epochs") + 1])
-            assert found.warmup_epochs == (epochs / 20 if recipe == "strong" else 0)
+            context = cli.cli.commands["distill"].make_context("distill", command[2:])
+            load_recipe(context.params["recipe"], parse_overrides(context.params["changes"]))
 
 
 # Processes
