@@ -126,9 +126,16 @@ def measure(targets: Sequence[str], results: Path, **options: Any) -> Outcome:
 
 
 def teachers_at_hand(folder: Path | None) -> dict[str, Path]:
-    """Find teachers by name: the paper's in a folder, and the known one."""
-    found = {name: folder / name for name in paper.TEACHERS.values()} if folder else {}
-    return {name: path for name, path in (found | {KNOWN: KNOWN_TEACHER}).items() if path.is_dir()}
+    """Find teachers by name: the paper's in a folder, and the known one.
+
+    Raises:
+        PipelineError: the folder has none of the paper's.
+    """
+    named = {name: folder / name for name in paper.TEACHERS.values()} if folder else {}
+    found = {name: path for name, path in named.items() if path.is_dir()}
+    if folder and not found:
+        raise PipelineError(f"{folder}: has none of the paper's teachers. Expected folders {', '.join(named)}.")
+    return found | ({KNOWN: KNOWN_TEACHER} if KNOWN_TEACHER.is_dir() else {})
 
 
 def dataset(work: Path, scale: str) -> Path:

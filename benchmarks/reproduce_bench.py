@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,15 @@ from benchmarks.reproduce_runs import Measurement, Run
 from benchmarks.reproduce_study import Job, Study
 
 Execute = Callable[[Sequence[str]], dict[str, Any]]
+_DONE, _LEFT = "done", "left"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """What became of the runs: how many came to their end, which failed, how many are left, since all were stopped."""
+    """What became of the runs: which failed, and how many are left, since all were stopped."""
 
-    num_done: int = 0
-    failed: list[str] = field(default_factory=list)
+    failed: Sequence[str] = ()
     num_left: int = 0
-    stopped: bool = False
 
 
 class Bench:
@@ -49,6 +48,7 @@ class Bench:
         self._study, self._place, self._results, self._surroundings = study, place, results, surroundings
         self._making = threading.Lock()  # two runs that need the same thing wait for it
         self._broken: set[Run] = set()  # needed, and cannot be made
+        self._stopped = False
 
     def run(self, jobs: Sequence[Job], execute: Execute, num_at_once: int) -> Outcome:
         """Run jobs, and what they need; one that fails does not hold up the others.
@@ -61,33 +61,30 @@ class Bench:
         Returns:
             What became of them.
         """
-        outcome = Outcome(num_left=len(jobs))
-
-        def attempt(job: Job) -> None:
-            if outcome.stopped:
-                return
-            try:
-                with self._making:
-                    for need in self._study.needs(job.run):
-                        self._make(need, execute)
-                self._run(job, execute)
-            except StoppedError:
-                outcome.stopped = True
-                return
-            except _NeedError as error:
-                outcome.failed.append(f"{_told(job)}: {error} could not be made")
-            except subprocess.CalledProcessError as error:  # the program has said why
-                outcome.failed.append(f"{_told(job)}: exit status {error.returncode}")
-            else:
-                outcome.num_done += 1
-            outcome.num_left -= 1
-
         alone = [job for job in jobs if isinstance(job.run, Measurement)]
-        for job in alone:
-            attempt(job)
+        fates = [self._attempt(job, execute) for job in alone]
         with ThreadPoolExecutor(num_at_once) as threads:
-            list(threads.map(attempt, [job for job in jobs if job not in alone]))
-        return outcome
+            others = [job for job in jobs if job not in alone]
+            fates += threads.map(self._attempt, others, [execute] * len(others))
+        return Outcome([fate for fate in fates if fate not in (_DONE, _LEFT)], fates.count(_LEFT))
+
+    def _attempt(self, job: Job, execute: Execute) -> str:
+        """Run a job and what it needs; return what became of it: done, left, or why it failed."""
+        if self._stopped:
+            return _LEFT
+        try:
+            with self._making:
+                for need in self._study.needs(job.run):
+                    self._make(need, execute)
+            self._run(job, execute)
+        except StoppedError:
+            self._stopped = True
+            return _LEFT
+        except _NeedError as error:
+            return f"{_told(job)}: {error} could not be made"
+        except subprocess.CalledProcessError as error:  # the program has said why
+            return f"{_told(job)}: exit status {error.returncode}"
+        return _DONE
 
     def _make(self, need: Job, execute: Execute) -> None:
         if need.run in self._broken:

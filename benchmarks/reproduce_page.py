@@ -223,7 +223,8 @@ def _machines(found: Mapping[str, Results]) -> tables.Lines:
         for each in results.all():
             machine, versions = each.machine, each.versions
             where = f"{machine.get('device')}, {machine.get('processor')}, {machine.get('cores')} cores"
-            conditions = ", ".join(f"{key} {value}" for key, value in each.conditions.items())
+            how = "compiled" if each.conditions.get("compiled") else "eager"
+            conditions = f"{how}, {each.conditions.get('jobs')} at once"
             key = (name, where, f"PyTorch {versions.get('torch')}", conditions, each.commit or "unknown")
             counts[key] = counts.get(key, 0) + 1
     rows = [[*key, str(number)] for key, number in sorted(counts.items())]

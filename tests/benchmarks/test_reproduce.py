@@ -19,9 +19,11 @@ from benchmarks.reproduce_results import read_results
 from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
 from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
 from pipeline.distill.recipe import load_recipe, parse_overrides
+from pipeline.errors import PipelineError
 from tests.benchmarks.made_results import Programs
 
 TRIAL = SCALES["trial"]
+TEACHERS_AT_HAND = reproduce.teachers_at_hand
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +178,15 @@ def test_without_a_teacher_accuracies_are_not_run_and_that_is_said(
     assert said.exit_code == 0
     assert f"No accuracies: neither {paper.TEACHERS['Large-32']} nor {KNOWN} is at hand." in said.output
     assert {Path(command[0]).name for command in programs.commands} == {"resources.py"}
+
+
+def test_a_folder_of_teachers_has_at_least_one_of_them(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError) as error:
+        TEACHERS_AT_HAND(tmp_path)
+    expected = ", ".join(paper.TEACHERS.values())
+    assert str(error.value) == f"{tmp_path}: has none of the paper's teachers. Expected folders {expected}."
+    (tmp_path / paper.TEACHERS["Large-32"]).mkdir()
+    assert TEACHERS_AT_HAND(tmp_path)[paper.TEACHERS["Large-32"]] == tmp_path / paper.TEACHERS["Large-32"]
 
 
 # The study
