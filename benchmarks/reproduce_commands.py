@@ -115,7 +115,7 @@ class Place:
 
     def _fine_tune(self, run: FineTuning) -> list[str]:
         given = [str(_BENCHMARKS / "finetune_teacher.py"), "--teacher", str(self.teacher(run.teacher))]
-        given += ["--epochs", str(run.epochs), "--seed", "0", *self._of_data(run.images)]
+        given += ["--epochs", str(run.epochs), "--seed", str(run.seed), *self._of_data(run.images)]
         return [*given, "--out", str(self.made_by(run)), "--json"]
 
     def _of_data(self, images: int) -> list[str]:

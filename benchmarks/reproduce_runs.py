@@ -72,6 +72,7 @@ class FineTuning:
     teacher: str
     images: int
     epochs: int
+    seed: int = 0
 
     @property
     def name(self) -> str:
