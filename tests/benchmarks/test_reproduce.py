@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -285,11 +286,11 @@ def test_the_commands_of_a_fine_tuned_teacher(tmp_path: Path) -> None:
 def test_every_training_from_an_artifact_is_one_that_distill_takes(scale: str, tmp_path: Path) -> None:
     import cli
 
-    place = place_in(tmp_path)
+    place, group = place_in(tmp_path), click.Context(cli.cli, **cli.cli.context_settings)
     for job in Study(SCALES[scale], 1, [KNOWN], "cpu").jobs(["table3", "fig3", "labels", "kinds", "live"]):
         command = place.command(job.run)
         if command[1] == "distill":
-            context = cli.cli.commands["distill"].make_context("distill", command[2:])
+            context = cli.cli.commands["distill"].make_context("distill", command[2:], group)
             load_recipe(context.params["recipe"], parse_overrides(context.params["changes"]))
 
 
