@@ -94,6 +94,18 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     return Prepared(data, images, targets, report, trainer, feed)
 
 
+def has_overlapping_convolutions(model: nn.Module) -> bool:
+    """Tell whether training a model on a CPU in bfloat16 could go wrong.
+
+    The weight gradients of some convolutions (3×3 on 1×1 pixels, for one) read memory that nobody has written: seen
+    in PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
+    """
+    return any(
+        isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
+        for layer in model.modules()
+    )
+
+
 def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
     split = settings.eval_split or evaluation_split(settings.data)
     if split is None:
@@ -130,14 +142,8 @@ def _needed_bytes(student: Student) -> int:
 
 
 def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:
-    """Take float32 for convolutions on a CPU, unless bfloat16 was asked for.
-
-    In bfloat16 the weight gradients of some of them (3×3 on 1×1 pixels, for one) read memory that nobody has
-    written: seen in PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
-    """
-    overlap = any(
-        isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
-        for layer in student.model.modules()
+    """Take float32 for convolutions on a CPU, unless bfloat16 was asked for."""
+    chosen = (
+        compute.device.type == "cpu" and settings.precision == "auto" and has_overlapping_convolutions(student.model)
     )
-    chosen = compute.device.type == "cpu" and settings.precision == "auto" and overlap
     return torch.float32 if chosen else compute.precision
