@@ -193,7 +193,8 @@ def _result(setup: Setup, training: FineTuning, accuracies: tuple[float, float])
 
 def _record(setup: Setup) -> dict[str, Any]:
     data = {"name": setup.data.name, "revision": setup.data.revision, "licence": setup.data.licence}
-    told = setup.data.settings.model_dump(include={"split", "image_column", "label_column", "limit"})
+    told = setup.data.settings.model_dump(include={"split", "limit"})
+    told |= {"image_column": setup.data.image_column, "label_column": setup.data.label_column}
     return {"teacher": setup.teacher.info.model_dump(), "data": {**data, **told}, "settings": setup.decides()}
 
 

@@ -67,6 +67,7 @@ def test_it_learns_what_can_be_learned(tiny_teacher: Path, coloured: Path, tmp_p
     record = json.loads((out / "finetune.json").read_text("utf-8"))
     assert record["result"].items() <= result.items()
     assert record["teacher"]["name"] == "tiny-vit"
+    assert record["data"].items() >= {"name": "data", "image_column": "image", "label_column": "label"}.items()
     assert record["settings"]["training"]["epochs"] == 8
     assert record["settings"]["class_names"] == list(CLASS_NAMES)
     assert str(tmp_path) not in json.dumps(record)
