@@ -75,7 +75,7 @@ def distill(settings: DistillSettings) -> DistillResult:
     with open_artifact(settings.artifact) as artifact:
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
-        with directory.open(_record(settings, artifact, prepared), trainer):
+        with directory.open(run_record(settings, artifact, prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
             images = prepared.images.evaluation
@@ -87,6 +87,46 @@ def distill(settings: DistillSettings) -> DistillResult:
             report = _write_pages(directory.path, mistaken_images(outcome, images))
             directory.finish()
             return replace(result, report=report)
+
+
+def run_record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -> dict[str, Any]:
+    """Say everything that makes a run; two runs of which this is equal end in the same student.
+
+    Args:
+        settings: of the run.
+        artifact: open.
+        prepared: what the run consists of.
+
+    Returns:
+        The parts of `run.json` that a resumed run must share with the run before it.
+    """
+    trainer, images, data = prepared.trainer, prepared.images, prepared.data
+    compute = trainer.compute
+    return {
+        "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
+        "recipe": trainer.recipe.model_dump(),
+        "artifact": {
+            "file": artifact.path.name,
+            "manifest_sha256": artifact.manifest_sha256,
+            "teacher": artifact.manifest.teacher.model_dump(),
+        },
+        "data": {
+            "name": data.name,
+            "revision": data.revision,
+            "licence": data.licence,
+            "num_classes": len(data.class_names),
+            "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
+            "train_sha256": _digest(images.train),
+            "evaluation_sha256": _digest(images.evaluation),
+            "evaluated_on": images.evaluation_name,
+            "num_evaluation_images": len(images.evaluation),
+            "join": prepared.join_report.as_json(),
+        },
+        "compute": {
+            "device": compute.device.type,
+            "precision": str(compute.precision).removeprefix("torch."),
+        },
+    }
 
 
 def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: float) -> DistillResult:
@@ -117,37 +157,6 @@ def _write_pages(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | No
     except PipelineError as error:
         LOGGER.warning("There is no report: %s", error)
         return None
-
-
-def _record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -> dict[str, Any]:
-    """Say everything that makes the run; two runs of which this is equal end in the same student."""
-    trainer, images, data = prepared.trainer, prepared.images, prepared.data
-    compute = trainer.compute
-    return {
-        "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
-        "recipe": trainer.recipe.model_dump(),
-        "artifact": {
-            "file": artifact.path.name,
-            "manifest_sha256": artifact.manifest_sha256,
-            "teacher": artifact.manifest.teacher.model_dump(),
-        },
-        "data": {
-            "name": data.name,
-            "revision": data.revision,
-            "licence": data.licence,
-            "num_classes": len(data.class_names),
-            "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
-            "train_sha256": _digest(images.train),
-            "evaluation_sha256": _digest(images.evaluation),
-            "evaluated_on": images.evaluation_name,
-            "num_evaluation_images": len(images.evaluation),
-            "join": prepared.join_report.as_json(),
-        },
-        "compute": {
-            "device": compute.device.type,
-            "precision": str(compute.precision).removeprefix("torch."),
-        },
-    }
 
 
 def _digest(images: DecodedImages) -> str:
