@@ -164,6 +164,12 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--join-by-index", is_flag=True, help="join class i to row i, whatever the names"),
         _skip_bad_option,
         _cache_option,
+        click.option(
+            "--evaluate-every",
+            type=click.IntRange(min=1),
+            default=1,
+            help="epochs between evaluations; the last is always one",
+        ),
     ]
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
@@ -299,9 +305,6 @@ def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
 )
 @_training_options
 @click.option("--out", required=True, type=_PATH, help="run directory to make")
-@click.option(
-    "--evaluate-every", type=click.IntRange(min=1), default=1, help="epochs between evaluations; the last is always one"
-)
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
 @click.option("--overwrite", is_flag=True, help="replace an existing run directory")
 @click.option("--resume", is_flag=True, help="go on with the run in the run directory, if there is one")
@@ -359,7 +362,12 @@ def distill(as_json: bool, **options: Any) -> None:
 )
 @_training_options
 @click.option("--out", type=_PATH, default=Path("run"), help="where the run shall be: its disk is tried")
-@click.option("--ram", type=click.FloatRange(0, min_open=True), metavar="GB", help="memory that the run may take")
+@click.option(
+    "--ram",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="memory that the run may take; with CUDA, of the GPU",
+)
 @click.option("--hours", type=click.FloatRange(0, min_open=True), help="time that the run may take")
 @_json_option
 @_version_option

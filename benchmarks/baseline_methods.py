@@ -50,7 +50,7 @@ METHODS = {
         {
             **_WITHOUT,
             **{"alpha2": _RELEASED_CLIP_WEIGHT, "logit_scale": 1.0, "learn_logit_scale": False, "centre": False},
-            **{"schedule": "constant", "warmup_epochs": 0.0, "decay_all": True, "label_smoothing": 0.0},
+            **{"schedule": "constant", "warmup": 0.0, "decay_all": True, "label_smoothing": 0.0},
             **{"gradient_clip": 0.0, "average_decay": 0.0},
         },
         precision="float32",

@@ -10,6 +10,7 @@ teacher. Data and teacher lie by default in ../shared; CLIP_EMBED_KD_SHARED name
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pipeline.distill.loop import Trainer
 from pipeline.distill.preparation import compute_for, prepare
 from pipeline.distill.recipe import load_recipe, parse_overrides
 from pipeline.distill.record import RunDirectory
-from pipeline.distill.run import run_record
+from pipeline.distill.run import found_for_run, told_of_run
 from pipeline.distill.training import Limits, Training
 from pipeline.errors import PipelineError, describe_problems
 from pipeline.progress import duration, log_to_stderr, size
@@ -99,13 +100,15 @@ def train_baseline(settings: DistillSettings, name: str, teacher_name: str | Non
     keep_freed_memory()
     recipe = load_recipe(settings.recipe, settings.overrides)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
-    with open_artifact(settings.artifact) as artifact:
+    with ExitStack() as stack:
+        artifact = stack.enter_context(open_artifact(settings.artifact))
+        told = told_of_run(settings, recipe, artifact)
+        told["settings"] |= {"method": name, "target": METHODS[name].target}
+        stack.enter_context(directory.claim(told))
         teacher = None if teacher_name is None else load_live_teacher(teacher_name, artifact, settings)
         prepared = prepare(settings, recipe, compute_for(settings), artifact)
         trainer, batches = arrange(prepared, name, teacher)
-        record = run_record(settings, artifact, prepared)
-        record["settings"] |= {"method": name, "target": METHODS[name].target}
-        with directory.open(record, trainer):
+        with directory.open(found_for_run(prepared), trainer):
             # Once, after the last epoch.
             limits = Limits(settings.max_steps, settings.checkpoint_minutes, evaluate_every=recipe.epochs)
             evaluation = Training(trainer, batches, prepared.images.evaluation, directory).run(limits)
@@ -190,6 +193,7 @@ def baseline_settings(name: str, options: dict[str, Any]) -> DistillSettings:
     show_default=True,
     help="arithmetic of student and teacher; auto: bfloat16 where the hardware has it; released: float32",
 )
+@click.option("--micro-batch", type=click.IntRange(min=2), help="images in the student at once  [default: the batch]")
 @click.option("--compile/--no-compile", default=False, help="compile the student's step")
 @click.option("--max-steps", type=click.IntRange(min=1), help="stop after so many steps")
 @click.option("--resume", is_flag=True, help="go on with the run in the run directory, if there is one")

@@ -56,6 +56,22 @@ ARMS = {
     "strong-samples": Arm("samples", (*_STRONG, *_BOTH, "--set", "replay_views=false"), "strong-supervised"),
     "strong-views": Arm("views", (*_STRONG, *_BOTH), "strong-supervised"),
 }
+# What each part of recipe `strong` adds: without it, beside the whole.
+_PARTS = {
+    "mixing": ("augmentation.mixup_alpha=0", "augmentation.cutmix_alpha=0"),
+    "operations": ("augmentation.operations=0",),
+    "erasing": ("augmentation.random_erasing=0",),
+    "smoothing": ("label_smoothing=0",),
+    "depth": ("stochastic_depth=0",),
+    "average": ("average_decay=0",),
+    "centring": ("centre=false",),
+}
+ARMS |= {
+    f"strong-without-{part}": Arm(
+        "class", (*_STRONG, *(word for each in changes for word in ("--set", each))), "strong-class"
+    )
+    for part, changes in _PARTS.items()
+}
 SCALES = {"quick": Scale(5000, 15), "medium": Scale(10_000, 50), "full": Scale(50_000, 200), "trial": Scale(200, 1)}
 
 

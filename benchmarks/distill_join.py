@@ -101,7 +101,7 @@ def joined_targets(subject: Subject) -> tuple[Joined, int]:
         rows = class_rows(artifact, data.class_names, data.classes_named, by_index=False)
         targets = join(artifact, images, rows, "both", recipe)
         every = np.arange(len(images))
-        samples = targets.sample_embeddings(every, np.zeros_like(every))
+        samples = targets.sample_embeddings(every)[:, 0]
         means = targets.class_embeddings.numpy()[images.labels]
     pairs = [(key.tobytes(), data.class_names[label]) for key, label in zip(images.keys, images.labels, strict=True)]
     joined: Joined = {}

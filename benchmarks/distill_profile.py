@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.distill_loops import our_step
+from benchmarks.distill_rounds import WARM_STEPS, compare, in_rounds, seconds_of, step_times, timer
 from benchmarks.distill_setup import Setup
-from benchmarks.distill_speed import WARM_STEPS, compare, in_rounds, seconds_of, step_times, timed_subject
+from benchmarks.distill_speed import timed_subject
 from benchmarks.figure_book import Figures
 from pipeline.distill.loop import Trainer
 from pipeline.runtime import keep_freed_memory
@@ -34,7 +35,8 @@ def measure_profile(setup: Setup) -> Figures:
             for product in products:
                 product()
 
-        seconds = in_rounds({"step": step, "products": multiply}, setup.pairs, setup.device)
+        sides = {name: timer(each, setup.device) for name, each in {"step": step, "products": multiply}.items()}
+        seconds = in_rounds(sides, setup.pairs, setup.device)
         table = profile_steps(step, setup.device)
     bound = min(seconds["products"])
     return {

@@ -97,7 +97,7 @@ class LiveTeacher:
             contrastive loss is the paper's CLIP-Teacher-KD. Soft labels where there is a head.
         """
         size = len(pixels)
-        with self._clock.running(), batch_must_fit(size, "the teacher", smallest=2):
+        with self._clock.running(), batch_must_fit(size, "the teacher", smallest=2, option="a batch_size of"):
             raw = self._teacher.embed(teacher_pixels(self._teacher.preprocess, pixels))
         probabilities = None if self._head is None else soft_labels(raw, self._head, self._temperature)
         joined = torch.ones(size, dtype=torch.bool, device=raw.device)

@@ -1,6 +1,7 @@
 """A lock on a folder that two processes must not work in at once; it goes with its process, however that ends."""
 
 import fcntl
+import os
 from pathlib import Path
 from typing import IO
 
@@ -23,24 +24,31 @@ class FolderLock:
         self._folder, self._taken = folder, taken
         self._file: IO[bytes] | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has the lock, and not just leave to go on without one."""
+        return self._file is not None
+
     def take(self) -> None:
         """Take the lock, if this process does not have it.
 
         Raises:
             PipelineError: another process has it.
         """
-        if self._file is not None:
-            return
-        file = (self._folder / LOCK_NAME).open("wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise PipelineError(self._taken) from None
-        except OSError:  # some network disks have none
-            file.close()
-            return
-        self._file = file
+        while self._file is None:
+            file = (self._folder / LOCK_NAME).open("wb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise PipelineError(self._taken) from None
+            except OSError:  # some network disks have none
+                file.close()
+                return
+            if os.fstat(file.fileno()).st_nlink:
+                self._file = file
+            else:
+                file.close()  # removed between opening and locking: nobody else would meet this lock
 
     def wait(self) -> None:
         """Take the lock as soon as no other process has it; that there is one is said."""

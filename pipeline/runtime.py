@@ -104,13 +104,14 @@ def peak_memory(device: torch.device) -> PeakMemory:
 
 
 @contextmanager
-def batch_must_fit(batch_size: int, what: str, smallest: int = 1) -> Iterator[None]:
+def batch_must_fit(batch_size: int, what: str, smallest: int = 1, option: str = "--batch-size") -> Iterator[None]:
     """Turn a failed allocation into advice.
 
     Args:
-        batch_size: the batch size in use.
+        batch_size: images that are in memory at once.
         what: who allocated, e.g. `the teacher`.
         smallest: the smallest batch that could be advised.
+        option: that would make them fewer.
 
     Raises:
         PipelineError: memory ran out inside the block.
@@ -125,7 +126,7 @@ def batch_must_fit(batch_size: int, what: str, smallest: int = 1) -> Iterator[No
         ):
             raise
         half = max(batch_size // 2, smallest)
-        advice = f"Try --batch-size {half}." if half < batch_size else "A smaller model is needed."
+        advice = f"Try {option} {half}." if half < batch_size else "A smaller model is needed."
         raise PipelineError(f"out of memory: {what} at batch size {batch_size}. {advice}") from None
 
 

@@ -19,8 +19,8 @@ from benchmarks.distill_accuracy import ARMS, table
 from benchmarks.distill_join import joined_targets, renumbered, right_targets
 from benchmarks.distill_loops import Subject, default_step, our_step, released_step, supervised_step
 from benchmarks.distill_profile import products_of
+from benchmarks.distill_rounds import compare, in_rounds, timer
 from benchmarks.distill_runs import begun_ns, left_by, phase
-from benchmarks.distill_speed import compare, in_rounds
 from benchmarks.figure_book import FigureBook
 from pipeline.data import sample_key, to_rgb
 from pipeline.distill.preparation import Prepared
@@ -129,7 +129,8 @@ def test_help_names_every_measure() -> None:
 
 def test_sides_take_turns_and_each_is_first_as_often() -> None:
     taken: list[str] = []
-    sides = {name: (lambda name=name: taken.append(name)) for name in ("ours", "theirs")}
+    names = ("ours", "theirs")
+    sides = {name: timer(lambda name=name: taken.append(name), "cpu") for name in names}  # type: ignore[misc]
     seconds = in_rounds(sides, 2, "cpu")
     assert taken[-4:] == ["ours", "theirs", "theirs", "ours"]
     assert {name: len(each) for name, each in seconds.items()} == {"ours": 2, "theirs": 2}

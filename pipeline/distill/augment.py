@@ -18,6 +18,7 @@ _MAX_CROP_ASPECT = 4 / 3
 _ERASED_AREA = (0.02, 0.33)
 _MAX_ERASED_ASPECT = 1 / 0.3
 _NUM_STRENGTHS = 31
+_STAGED_BYTES = 1 << 16  # https://docs.nvidia.com/cuda/cuda-driver-api/api-sync-behavior.html
 # Numbers that a sample draws: flip, shift and window; whether it is erased, box and colour; those of an operation.
 _NUM_OF_CROP, _NUM_OF_ERASING, _NUM_OF_OPERATION = 7, 8, 3
 
@@ -93,9 +94,13 @@ def send(drawn: Shaped[Tensor, "..."], device: torch.device) -> Shaped[Tensor, "
     Returns:
         It or its copy.
     """
-    # CUDA copies such memory aside before it returns; MPS reads it later, when it may be something else's
-    # (https://github.com/pytorch/pytorch/issues/189690).
-    return drawn.to(device, non_blocking=device.type == "cuda")
+    if device.type != "cuda":
+        # MPS would read the memory later, when it may be something else's
+        # (https://github.com/pytorch/pytorch/issues/189690).
+        return drawn.to(device)
+    # CUDA copies up to 64 KiB aside before it returns. With more it would wait for the device, unless that is pinned;
+    # PyTorch keeps pinned memory until it has been read.
+    return (drawn if drawn.nbytes <= _STAGED_BYTES else drawn.pin_memory()).to(device, non_blocking=True)
 
 
 def _operations(

@@ -131,7 +131,7 @@ class CacheEntry:
             OSError: it cannot be removed.
             PipelineError: the disk is too full for what is to be written.
         """
-        _clear(self.folder)
+        _clear(self.folder, self._lock)
         needed = self._num_rows * (int(np.prod(self._shape)) + 24)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -165,7 +165,7 @@ class CacheEntry:
             self._write(_INDEX, [np.frombuffer(index.model_dump_json(indent=2).encode(), np.uint8)])
         except BaseException:
             with suppress(OSError):
-                _clear(self.folder)
+                _clear(self.folder, self._lock)
             raise
 
     def read_back(self) -> Stored:
@@ -239,12 +239,16 @@ def _remove_leftovers(cache: Path) -> None:
             lock = _lock(folder)
             with suppress(OSError, PipelineError):  # PipelineError: another process is at work in it
                 lock.take()
-                if not (folder / _INDEX).exists():  # it may have been finished just now
-                    _clear(folder)
+                if lock.held and not (folder / _INDEX).exists():  # it may have been finished just now
+                    _clear(folder, lock)
             lock.release()
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an entry is made of, and first what makes it one; the lock stays."""
-    for path in (folder / _INDEX, *map(folder.joinpath, _ARRAYS), *folder.glob("*.tmp")):
+def _clear(folder: Path, lock: FolderLock) -> None:
+    """Remove what an entry is made of, and first what makes it one; the lock stays.
+
+    On a disk without locks another process may be writing here: its unfinished files stay, too.
+    """
+    unfinished = folder.glob("*.tmp" if lock.held else f"*.{os.getpid()}.tmp")
+    for path in (folder / _INDEX, *map(folder.joinpath, _ARRAYS), *unfinished):
         path.unlink(missing_ok=True)

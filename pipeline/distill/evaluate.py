@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.data import Labelled, load_labelled
+from pipeline.distill.augment import send
 from pipeline.distill.cache import cached_images
 from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.images import DecodedImages
@@ -67,9 +68,7 @@ def evaluate_student(
     Returns:
         The accuracies.
     """
-    num_classes = len(student.config.class_names)
-    correct, count, top5 = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64), 0
-    predicted = np.empty(len(images), np.int64)
+    num_classes, found = len(student.config.class_names), []
     was_training = student.training
     student.eval()
     with (
@@ -79,28 +78,22 @@ def evaluate_student(
         batch_must_fit(batch_size, "evaluation"),
     ):
         for start in range(0, len(images), batch_size):
-            places = images.places[start : start + batch_size]
-            labels = images.labels[start : start + batch_size]
-            pixels = torch.from_numpy(images.pixels[places, 0]).to(device)
+            pixels = send(torch.from_numpy(images.pixels[images.places[start : start + batch_size], 0]), device)
             logits = student(student.normalise(pixels))[1].float()
-            best = logits.topk(min(5, num_classes), dim=1).indices.cpu().numpy()
-            predicted[start : start + batch_size] = best[:, 0]
-            hit = best == labels[:, None]
-            top5 += int(hit.any(axis=1).sum())
-            np.add.at(correct, labels[hit[:, 0]], 1)
-            np.add.at(count, labels, 1)
-            bar.advance(len(places))
+            found.append(logits.topk(min(5, num_classes), dim=1).indices)  # stays there: a GPU is not waited for
+            bar.advance(len(pixels))
+        best = torch.cat(found).cpu().numpy()
     student.train(was_training)
-    total = int(count.sum())
+    hit = best == images.labels[:, None]
     return Evaluation(
-        top1=100 * int(correct.sum()) / total,
-        top5=100 * top5 / total,
+        top1=100 * int(hit[:, 0].sum()) / len(images),
+        top5=100 * int(hit.any(axis=1).sum()) / len(images),
         class_names=student.config.class_names,
-        correct=correct,
-        count=count,
-        predicted=predicted,
+        correct=np.bincount(images.labels[hit[:, 0]], minlength=num_classes),
+        count=np.bincount(images.labels, minlength=num_classes),
+        predicted=best[:, 0],
         seconds=bar.seconds,
-        images_per_second=total / bar.seconds,
+        images_per_second=len(images) / bar.seconds,
     )
 
 

@@ -4,14 +4,14 @@ Everything random follows from the seed, the epoch and the step: a resumed run d
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from pipeline.distill.targets import Targets
 from pipeline.runtime import fits_device
 
 _MIXING = ("mixup_alpha", "cutmix_alpha", "mix_probability")
+_BLOCK = 4096  # images
 _ORDER = 2**32 - 1  # a step that never comes: its seed is the order's
 
 
@@ -81,9 +82,15 @@ class Feed:
         self._joined = torch.from_numpy(targets.sample_rows >= 0).to(device)
         self._centre = targets.centre.to(device)
         self._head = None if targets.head is None else (targets.head[0].to(device), targets.head[1].to(device))
+        # On a GPU everything lives there, if it fits.
         self._pixels: Tensor | None = None
-        if device.type != "cpu" and fits_device(images.pixels.nbytes, device):
-            self._pixels = torch.from_numpy(images.pixels[images.places]).to(device)
+        self._embeddings: Tensor | None = None
+        num_images, view_bytes = len(images), images.pixels[:1].nbytes
+        if fits_device(num_images * view_bytes, device):
+            self._pixels = _held(lambda some: images.pixels[images.places[some]], num_images, device)
+        embedding_bytes = 4 * targets.num_views * targets.class_embeddings.shape[1]
+        if len(targets.sample_rows) and fits_device(num_images * embedding_bytes, device):
+            self._embeddings = _held(targets.sample_embeddings, num_images, device)
         self.seconds = 0.0
 
     @property
@@ -111,9 +118,11 @@ class Feed:
         size = self._recipe.batch_size
         order = torch.randperm(len(self._images), generator=self.generator(epoch, _ORDER)).numpy()
         for step in range(first_step, self.num_steps):
-            start, waited = time.perf_counter(), self._device_is_idle()
+            start, before = time.perf_counter(), self._queued()
             batch = self._batch(order[step * size : (step + 1) * size], self.generator(epoch, step))
-            self.seconds += (time.perf_counter() - start) * waited
+            # A GPU works on while a batch is made; where it has nothing left to do by then, it waited.
+            if before is None or before.query():  # type: ignore[no-untyped-call]
+                self.seconds += time.perf_counter() - start
             yield batch
 
     def generator(self, epoch: int, step: int) -> torch.Generator:
@@ -134,12 +143,11 @@ class Feed:
     def _pixels_of(self, drawn: _Drawn) -> Tensor:
         if self._pixels is None:
             pixels = self._images.pixels[self._images.places[drawn.images], drawn.views]
-            return torch.from_numpy(pixels).to(self._device)
+            return send(torch.from_numpy(pixels), self._device)
         return self._pixels[drawn.index, send(torch.from_numpy(drawn.views), self._device)]
 
     def _samples(self, drawn: _Drawn, mixed: Mixed) -> Samples:
-        stored = self._targets.sample_embeddings(drawn.images, drawn.views)
-        embeddings = torch.from_numpy(stored).to(self._device)
+        embeddings = self._embeddings_of(drawn)
         joined = self._joined[drawn.index]
         probabilities = None
         if self._head is not None:
@@ -153,9 +161,15 @@ class Feed:
         positives = F.normalize(((ids[:, None] == ids[None, :]) & both).float(), p=1, dim=1)
         return Samples(_blend(embeddings, mixed), both, positives, probabilities)
 
-    def _device_is_idle(self) -> bool:
-        # A GPU works on while the next batch is made; only where it has nothing left to do, it waits.
-        return self._device.type != "cuda" or torch.cuda.current_stream(self._device).query()
+    def _embeddings_of(self, drawn: _Drawn) -> Tensor:
+        if self._embeddings is None:
+            views = self._targets.sample_embeddings(drawn.images)
+            return send(torch.from_numpy(views[np.arange(len(views)), drawn.views]), self._device)
+        return self._embeddings[drawn.index, send(torch.from_numpy(drawn.views), self._device)]
+
+    def _queued(self) -> torch.cuda.Event | None:
+        """Mark the end of what a GPU has been given to do so far; there is none elsewhere."""
+        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
 
 
 def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
@@ -168,6 +182,18 @@ def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
         purpose: 0 for the batch, 1 for what the student drops.
     """
     return int(np.random.SeedSequence([seed, epoch, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _held(
+    read: Callable[[NDArray[np.int64]], NDArray[Any]], num_images: int, device: torch.device
+) -> Shaped[Tensor, "num_images ..."]:
+    """Bring something of all images to a device, in blocks, so that memory never holds all of it."""
+    first = read(np.arange(1))
+    found = torch.empty((num_images, *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device)
+    for start in range(0, num_images, _BLOCK):
+        block = read(np.arange(start, min(start + _BLOCK, num_images)))
+        found[start : start + len(block)] = torch.from_numpy(block).to(device)
+    return found
 
 
 def _blend(targets: Float[Tensor, "batch values"], mixed: Mixed) -> Float[Tensor, "batch values"]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,7 +79,8 @@ class Trainer:
             compute: device, precision, seed, and how steps are cut and compiled.
         """
         torch.manual_seed(step_seed(compute.seed, 0, 0))  # not the one that the student's weights were drawn by
-        with batch_must_fit(recipe.batch_size, "the student", smallest=2):
+        self._images_at_once = compute.micro_batch or recipe.batch_size
+        with batch_must_fit(self._images_at_once, "the student", smallest=2, option="--micro-batch"):
             use_coarse_dropout(student.model, compute.device)
             self.method = Method(student, targets, target, recipe).to(compute.device)
             self.average = WeightAverage(self.method, recipe.average_decay) if recipe.average_decay else None
@@ -94,6 +96,15 @@ class Trainer:
     def kept(self) -> Student:
         """The student that is evaluated and kept: of the average, where there is one."""
         return self.method.student if self.average is None else self.average.method.student
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Images to evaluate at once. Without gradients more of them fit, and a GPU has less to wait for."""
+        return (4 if self.compute.device.type == "cuda" else 1) * self._images_at_once
+
+    def batch_must_fit(self) -> AbstractContextManager[None]:
+        """Return a context that turns a failed allocation into advice: a smaller `--micro-batch` learns the same."""
+        return batch_must_fit(self._images_at_once, "training", smallest=2, option="--micro-batch")
 
     def step(self, batch: Batch, steps_per_epoch: int) -> None:
         """Learn from one batch.
@@ -111,17 +122,15 @@ class Trainer:
         torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done, purpose=1))
         self.method.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with (
-            batch_must_fit(recipe.batch_size, "training", smallest=2),
-            use_explicit_attention(self.method.student.model, self.compute.device),
-        ):
-            losses = self.forward_backward(batch)
-        self._unchecked.append((progress.num_steps + 1, losses))
-        if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:
-            self.check_finite()
-        if recipe.gradient_clip:
-            torch.nn.utils.clip_grad_norm_(self.method.parameters(), recipe.gradient_clip)
-        self.optimizer.step()
+        with self.batch_must_fit():
+            with use_explicit_attention(self.method.student.model, self.compute.device):
+                losses = self.forward_backward(batch)
+            self._unchecked.append((progress.num_steps + 1, losses))
+            if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:
+                self.check_finite()
+            if recipe.gradient_clip:
+                torch.nn.utils.clip_grad_norm_(self.method.parameters(), recipe.gradient_clip)
+            self.optimizer.step()  # the first makes room for its moments
         self.method.limit_logit_scale()
         if self.average is not None:
             self.average.update(progress.num_steps)
@@ -204,9 +213,9 @@ class Trainer:
 
     def _likely_cause(self) -> str:
         recipe = self.recipe
-        finite = all(bool(parameter.isfinite().all()) for parameter in self.method.parameters())
-        if finite and self.compute.precision != torch.float32:
-            return "The weights are finite, so it is likely that bfloat16 is too coarse: try --precision float32."
         calmer = f"a lower --lr than {recipe.learning_rate:g}"
         calmer += "" if recipe.gradient_clip else ", or --set gradient_clip=1"
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.method.parameters())
+        if finite and self.compute.precision != torch.float32:
+            return f"The weights are finite: try {calmer}, then --precision float32."
         return f"It is likely that a step was too long: try {calmer}."

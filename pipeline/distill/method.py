@@ -136,9 +136,11 @@ class Method(nn.Module):
                 if "clip" in found and "clip" in of_samples:
                     of_samples["clip"] = (found["clip"] + of_samples["clip"]) / 2
                 found |= of_samples
-            total = sum(self._weights[name] * loss for name, loss in found.items() if self._weights[name])
-            nothing = torch.zeros_like(found["ce"])
-            return torch.stack([total, *(found.get(name, nothing) for name in LOSSES[1:])])  # type: ignore[list-item]
+            weighted = [self._weights[name] * loss for name, loss in found.items() if self._weights[name]]
+            total = torch.stack(weighted).sum()
+            # Only the first is learned from: a part of weight 0 would pass gradients of 0 on, and so be decayed.
+            told = [found[name].detach() if name in found else torch.zeros_like(total) for name in LOSSES[1:]]
+            return torch.stack([total, *told])
 
     def classifier_from_prototypes(self) -> None:
         """Make the student's classifier of the projected class embeddings, where no loss has taught it anything.

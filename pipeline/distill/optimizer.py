@@ -50,12 +50,13 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         A straight rise over the warm-up, then constant, or half a cosine that would be 0 one step after the last one
         (arXiv 1608.03983, without restarts).
     """
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    num_steps = recipe.epochs * steps_per_epoch
+    warmup = round(recipe.warmup * num_steps)
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     if recipe.schedule == "constant":
         return recipe.learning_rate
-    share = (step - warmup) / max(recipe.epochs * steps_per_epoch - warmup, 1)
+    share = (step - warmup) / max(num_steps - warmup, 1)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 

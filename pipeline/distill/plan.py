@@ -17,14 +17,14 @@ from pipeline.distill.evaluate import evaluate_student
 from pipeline.distill.feed import Feed
 from pipeline.distill.loop import Trainer
 from pipeline.distill.method import Batch
-from pipeline.distill.preparation import Prepared, compute_for, prepare
+from pipeline.distill.preparation import Prepared, compute_for, is_sound_in_bfloat16, prepare
 from pipeline.distill.student import save_student
 from pipeline.errors import PipelineError
 from pipeline.progress import ProgressBar, duration, size
 from pipeline.runtime import keep_freed_memory, peak_memory
 from store import open_artifact
 
-_WARM_STEPS, _MIN_STEPS, _MIN_SECONDS, _MAX_STEPS = 2, 8, 20.0, 1000
+_WARM_STEPS, _MIN_STEPS, _MIN_SECONDS = 2, 8, 20.0
 _EVALUATED = 1024  # images
 _SMALLEST_MICRO_BATCH = 2
 _FASTER = 0.95  # of the time: less of a gain is noise
@@ -83,7 +83,7 @@ class Plan:
             ("step", f"{step}, {100 * self.feed_share:.1f} % of it waiting for data"),
             ("epoch", epoch),
             ("in all", f"{duration(self.seconds)} for {self.epochs:,} epochs"),
-            ("memory", f"{size(self.memory_bytes)} at the peak, libraries included"),
+            ("memory", f"{size(self.memory_bytes)} at the peak, libraries and images included"),
         ]
         if self.device_memory_bytes:
             rows.append(("GPU", f"{size(self.device_memory_bytes)} at the peak"))
@@ -115,8 +115,10 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
         micro_batch = settings.micro_batch or recipe.batch_size
         fewer = max(micro_batch // 4, _SMALLEST_MICRO_BATCH)
         with ProgressBar("measuring", 4, "parts") as bar:
-            held_by_fewer = _warm(fewer, prepared)
+            # What is compiled is compiled for its own micro-batch, once.
+            held_by_fewer = None if settings.compile else _warm(fewer, prepared)
             held = _warm(micro_batch, prepared)
+            image_bytes = None if held_by_fewer is None else max(held - held_by_fewer, 0) / max(micro_batch - fewer, 1)
             bar.advance(1)
             image_seconds, feed_share = _image_seconds(prepared, _MIN_SECONDS)
             bar.advance(1)
@@ -133,14 +135,13 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
             image_seconds=image_seconds,
             images_per_epoch=prepared.feed.num_images,
             feed_share=feed_share,
-            evaluation_seconds=evaluation_seconds,
+            evaluation_seconds=evaluation_seconds / settings.evaluate_every,
             saving_seconds=saving_seconds,
             epochs=recipe.epochs,
-            memory_bytes=memory.resident_bytes,
+            memory_bytes=memory.resident_bytes + _unread_bytes(prepared),
             device_memory_bytes=memory.device_bytes,
             run_bytes=run_bytes,
         )
-        image_bytes = max(held - held_by_fewer, 0) / max(micro_batch - fewer, 1)
         suggestions = [] if ram_bytes is None else _for_memory(found, image_bytes, ram_bytes)
         suggestions += [] if hours is None else _for_time(found, prepared, settings, hours)
         return replace(found, suggestions=tuple(suggestions))
@@ -175,10 +176,16 @@ def _image_seconds(prepared: Prepared, min_seconds: float) -> tuple[float, float
     raise AssertionError("the batches have no end")
 
 
+def _unread_bytes(prepared: Prepared) -> int:
+    """Return the bytes of images that a run reads and a few steps do not: they are mapped into memory."""
+    parts = (prepared.images.train, prepared.images.evaluation)
+    return sum(images.pixels.nbytes for images in {id(each.pixels): each for each in parts}.values())
+
+
 def _evaluation_seconds(prepared: Prepared) -> float:
     trainer, images = prepared.trainer, prepared.images.evaluation
     few = images.select(np.arange(min(len(images), _EVALUATED)))
-    compute, size = trainer.compute, trainer.recipe.batch_size
+    compute, size = trainer.compute, trainer.evaluation_batch
     return evaluate_student(trainer.kept, few, compute.device, compute.precision, size).seconds / len(few) * len(images)
 
 
@@ -199,14 +206,16 @@ def _try_saving(trainer: Trainer, out: Path) -> tuple[float, int]:
     return seconds, 3 * sum(sizes.values()) + 2 * student  # while the third checkpoint is written
 
 
-def _for_memory(found: Plan, image_bytes: float, ram_bytes: int) -> list[str]:
+def _for_memory(found: Plan, image_bytes: float | None, ram_bytes: int) -> list[str]:
     """Suggest the largest micro-batch, a half of a half … of the batch, that fits."""
     held = found.device_memory_bytes or found.memory_bytes
     if held <= ram_bytes:
         return []
+    if image_bytes is None:
+        return ["--micro-batch: see what `plan --no-compile` says"]
     micro_batch = found.micro_batch
     while micro_batch > _SMALLEST_MICRO_BATCH and held - (found.micro_batch - micro_batch) * image_bytes > ram_bytes:
-        micro_batch //= 2
+        micro_batch = max(micro_batch // 2, _SMALLEST_MICRO_BATCH)
     needed = held - (found.micro_batch - micro_batch) * image_bytes
     if needed > ram_bytes:
         return [f"a smaller student: with --micro-batch {micro_batch} this one still takes about {size(needed)}"]
@@ -221,7 +230,8 @@ def _for_time(found: Plan, prepared: Prepared, settings: DistillSettings, hours:
     suggestions, image_seconds = [], found.image_seconds
     step = prepared.trainer.forward_backward
     other = torch.float32 if step.precision == torch.bfloat16 else torch.bfloat16
-    if not step.compiled:  # it would be compiled again
+    sound = other == torch.float32 or is_sound_in_bfloat16(prepared.trainer.kept, prepared.trainer.compute.device)
+    if sound and not step.compiled:  # it would be compiled again
         step.precision = other
         _warm(found.micro_batch, prepared)
         image_seconds, _ = _image_seconds(prepared, _MIN_SECONDS / 2)

@@ -88,10 +88,24 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     for line in report.lines():
         LOGGER.info("%s", line)
     LOGGER.info("%s images to evaluate on: %s.", f"{len(images.evaluation):,}", images.evaluation_name)
-    compute = replace(compute, precision=_trusted_precision(compute, settings, student))
+    if settings.precision == "auto" and not is_sound_in_bfloat16(student, compute.device):
+        compute = replace(compute, precision=torch.float32)
     trainer = Trainer(student, targets, settings.target, recipe, compute)
     feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
     return Prepared(data, images, targets, report, trainer, feed)
+
+
+def is_sound_in_bfloat16(student: Student, device: torch.device) -> bool:
+    """Tell whether a student may be trained in bfloat16: on a CPU its convolutions must not overlap.
+
+    The weight gradients of some that do (3×3 on 1×1 pixels, for one) read memory that nobody has written: seen in
+    PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
+    """
+    overlap = any(
+        isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
+        for layer in student.model.modules()
+    )
+    return not (overlap and device.type == "cpu")
 
 
 def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
@@ -127,17 +141,3 @@ def _decode(
 def _needed_bytes(student: Student) -> int:
     weights = sum(parameter.nbytes for parameter in student.parameters())
     return 14 * weights + 10_000_000  # three checkpoints with two moments and an average, two students, metrics
-
-
-def _trusted_precision(compute: Compute, settings: DistillSettings, student: Student) -> torch.dtype:
-    """Take float32 for convolutions on a CPU, unless bfloat16 was asked for.
-
-    In bfloat16 the weight gradients of some of them (3×3 on 1×1 pixels, for one) read memory that nobody has
-    written: seen in PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
-    """
-    overlap = any(
-        isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
-        for layer in student.model.modules()
-    )
-    chosen = compute.device.type == "cpu" and settings.precision == "auto" and overlap
-    return torch.float32 if chosen else compute.precision

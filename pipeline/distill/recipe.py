@@ -31,7 +31,7 @@ class Recipe(BaseModel):
     batch_size: int = Field(ge=2, description="images a step; one image has no batch statistics")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="AdamW's, at its highest")
     schedule: Literal["constant", "cosine"] = Field(description="of the learning rate, after the warm-up")
-    warmup_epochs: float = Field(ge=0, allow_inf_nan=False, description="in which the learning rate rises from 0")
+    warmup: float = Field(ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
     weight_decay: float = Field(ge=0, allow_inf_nan=False, description="AdamW's, decoupled")
     decay_all: bool = Field(description="decay biases, norms and embeddings of positions too, not weights alone")
     gradient_clip: float = Field(ge=0, allow_inf_nan=False, description="largest norm of the gradient; 0: any")

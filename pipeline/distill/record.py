@@ -1,6 +1,6 @@
 """The run directory: student, checkpoints, metrics and the record of everything that made them.
 
-    RUN/student/          config.json and model.safetensors of the last finished epoch, README.md of a finished run
+    RUN/student/          config.json and model.safetensors as last evaluated, README.md of a finished run
     RUN/checkpoints/      the last two, from which a stopped run goes on
     RUN/metrics.jsonl     one JSON object an epoch
     RUN/tensorboard/      the same as scalars
@@ -14,9 +14,8 @@ It appears with the first checkpoint or student, so that there is no run directo
 import json
 import os
 import platform
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import torch
 
 from pipeline.distill.checkpoint import Checkpoints
 from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.place import Place
 from pipeline.distill.student import save_student
 from pipeline.errors import PipelineError, describe_differences, first_line
-from pipeline.folder_lock import LOCK_NAME, FolderLock
-from pipeline.output import check_output, write_atomically
+from pipeline.output import write_atomically
 from pipeline.progress import LOGGER
 from pipeline.runtime import software_versions
 
@@ -35,9 +34,10 @@ _SOFTWARE = ("torch", "torchvision", "timm", "datasets", "numpy", "pillow", "saf
 _SCALAR_GROUPS = {"top1": "evaluation", "top5": "evaluation", "epoch": None, "step": None}
 # What a resumed run must share with the run before it: these parts of the record …
 _SHARED = ("settings", "recipe", "artifact", "data", "compute")
-# … without what only leads to something that another entry tells in full, or by its digest.
+# … without what only leads to something that another entry tells in full, or by its digest, or what changes last bits.
+_LAST_BITS = ("micro_batch", "compile")
 _NAMES = (
-    *(("settings", name) for name in ("recipe", "overrides", "data", "eval_split")),
+    *(("settings", name) for name in ("recipe", "overrides", "data", "eval_split", *_LAST_BITS)),
     *(("data", name) for name in ("name", "revision", "licence", "evaluated_on")),
     *(("artifact", "file"), ("data", "join", "artifact")),
 )
@@ -57,47 +57,62 @@ class RunDirectory:
         Raises:
             PipelineError: something else is there.
         """
-        self.path = path = path.resolve() if path.is_symlink() else path
+        self._place = Place(path, overwrite=overwrite, resume=resume)
         self._record: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}  # of the run that is gone on with
         self._scalars: Any = None  # TensorBoard's writer
-        self.resumes = resume and path.exists()
-        if path.exists() and (overwrite or resume) and not (path / "run.json").is_file():
-            what = "resumed" if resume else "overwritten"
-            raise PipelineError(f"{path}: is not a run directory, so it is not {what}. Choose another --out.")
-        if path.exists() and not (overwrite or resume):
-            raise PipelineError(f"{path}: exists. Pass --resume to go on with it, --overwrite, or another --out.")
-        check_output(path, 0, replaceable=overwrite or resume)
-        hidden = path.absolute().with_name(f".{path.absolute().name}.partial")
-        self._work = path if self.resumes else hidden  # where things are written
-        self._checkpoints = Checkpoints(self._work / "checkpoints")
+        self._checkpoints = Checkpoints(self._place.work / "checkpoints")
 
     @contextmanager
-    def open(self, record: Mapping[str, Any], trainer: Trainer) -> Iterator[None]:
+    def claim(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Keep other processes out while a run is prepared and trained inside the block; then open it there.
+
+        Args:
+            given: what the run was told, in some of the parts that `_SHARED` names.
+
+        Raises:
+            PipelineError: another process trains there, or the older part of the run has other settings.
+        """
+        self._record = dict(given)
+        with self._place.claim():
+            if self._place.resumes:
+                self._before = self._read_before()
+                self._check_same()
+            yield
+
+    @contextmanager
+    def open(self, found: Mapping[str, Any], trainer: Trainer) -> Iterator[None]:
         """Keep the record while training goes on inside the block; where the run has an older part, go back to it.
 
         Args:
-            record: everything that made the run, in the parts `_SHARED` names.
+            found: the other parts of what made the run.
             trainer: at the start of the run; set to the last checkpoint.
 
         Raises:
-            PipelineError: the older part has other settings, or its checkpoints are damaged; another process trains
-                there.
+            PipelineError: the older part has other settings, or its checkpoints are damaged.
         """
-        self._record = {"status": "running", **record, "machine": _machine(trainer.compute)}
+        self._record = {"status": "running", **self._record, **found, "machine": _machine(trainer.compute)}
         self._record["software"] = software_versions(_SOFTWARE)
         try:
-            with self._alone():
-                try:
-                    self._begin(trainer)
-                    yield
-                except BaseException as error:
-                    self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
-                    raise
-                finally:
-                    if self._scalars is not None:
-                        self._scalars.close()
-        except OSError as error:
-            raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
+            if self._place.resumes:
+                self._check_same()
+                self._resume(trainer)
+            self._write_record()
+            try:
+                yield
+            finally:
+                if self._scalars is not None:
+                    self._scalars.close()
+        except BaseException as error:
+            self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
+            if isinstance(error, OSError):
+                raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The directory, links followed."""
+        return self._place.path
 
     def log_epoch(self, line: Mapping[str, float]) -> None:
         """Append one epoch to the metrics; its student has been saved before.
@@ -114,7 +129,7 @@ class RunDirectory:
 
     def save_student(self, trainer: Trainer) -> None:
         """Keep the student as it is now."""
-        save_student(trainer.kept, self._work / "student")
+        save_student(trainer.kept, self._place.work / "student")
         self._publish()
 
     def save_checkpoint(self, trainer: Trainer) -> None:
@@ -131,49 +146,33 @@ class RunDirectory:
         """Record that the run came to its end."""
         self.note({"status": "finished"})
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes out of the run directory, and of what is to become it."""
-        taken = f"{self.path}: another process trains there. Wait for it, or choose another --out."
-        with ExitStack() as stack:
-            for folder in dict.fromkeys((self.path, self._work)):
-                if folder == self._work:
-                    folder.mkdir(exist_ok=True)
-                elif not folder.exists():
-                    continue
-                lock = FolderLock(folder, taken)
-                lock.take()
-                stack.callback(lock.release)
-                stack.callback((self.path / LOCK_NAME).unlink, missing_ok=True)
-            yield
-
-    def _begin(self, trainer: Trainer) -> None:
-        if self.resumes:
-            self._resume(trainer)
-        else:
-            for left in self._work.iterdir():  # by a run that was killed
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name != LOCK_NAME:
-                    left.unlink()
-        self._write_record()
-
-    def _resume(self, trainer: Trainer) -> None:
+    def _read_before(self) -> dict[str, Any]:
         try:
-            before = json.loads((self.path / "run.json").read_text("utf-8"))
-            shared = _shared(before)
+            before = dict(json.loads((self.path / "run.json").read_text("utf-8")))
+            _shared(before, _SHARED)
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{self.path}: run.json is damaged ({first_line(error)}), so it is not known what to go on with. "
                 "Begin anew with --overwrite."
             ) from None
+        return before
+
+    def _check_same(self) -> None:
+        """Compare what is known of the run so far with its older part."""
         now = json.loads(json.dumps(self._record))
-        if differing := describe_differences(shared, _shared(now)):
+        parts = [part for part in _SHARED if part in now]
+        if differing := describe_differences(_shared(self._before, parts), _shared(now, parts)):
             raise PipelineError(
                 f"{self.path}: is a run of other settings: {'; '.join(differing)}. Pass the same, or another --out."
             )
-        if before.get("software") != now["software"] or before.get("machine") != now["machine"]:
-            LOGGER.info("The run was begun with other software or on another machine: its last bits may differ.")
+
+    def _resume(self, trainer: Trainer) -> None:
+        now = json.loads(json.dumps(self._record))
+        if _circumstances(self._before) != _circumstances(now):
+            LOGGER.info(
+                "The run was begun with other software, on another machine, or with another --micro-batch or "
+                "--compile: its last bits may differ."
+            )
         self._checkpoints.restore(trainer)
         self._cut_metrics(trainer.progress.epoch)
         # The epoch that ends here, or went on from here, may be noted at this very step: it is noted again.
@@ -190,14 +189,9 @@ class RunDirectory:
         write_atomically(path, "".join(kept).encode())
 
     def _publish(self) -> None:
-        if self._work == self.path:
-            return
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self._work.rename(self.path)
-        self._work = self.path
-        self._checkpoints.folder = self.path / "checkpoints"
-        self._open_scalars()  # it keeps its path, so not before the rename
+        if self._place.publish():
+            self._checkpoints.folder = self.path / "checkpoints"
+            self._open_scalars()  # it keeps its path, so not before
 
     def _open_scalars(self, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -205,11 +199,8 @@ class RunDirectory:
         self._scalars = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step)
 
     def _abandon(self, status: str) -> None:
-        if self._work != self.path:
-            shutil.rmtree(self._work, ignore_errors=True)
-            return
-        if self.resumes and self._scalars is None:
-            return  # it was not gone on with: its record stays as it was
+        if self._place.work != self.path or (self._place.resumes and self._scalars is None):
+            return  # nothing is there, or it was not gone on with: its record stays as it was
         self._record["status"] = status
         with suppress(OSError):  # the disk may be full: what stands there stands all the same
             self._write_record()
@@ -217,19 +208,25 @@ class RunDirectory:
 
     def _write_record(self) -> None:
         text = json.dumps(self._record, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self._work / "run.json", text.encode())
+        write_atomically(self._place.work / "run.json", text.encode())
 
 
-def _shared(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _shared(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return what a resumed run must have in common with the run before it."""
-    parts = {part: dict(record[part]) for part in _SHARED}
+    parts: dict[str, dict[str, Any]] = json.loads(json.dumps({part: dict(record[part]) for part in names}))
     for *path, name in _NAMES:
         holder: Any = parts
         for key in path:
-            holder = holder.get(key)
+            holder = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(holder, dict):
             holder.pop(name, None)
     return parts
+
+
+def _circumstances(record: Mapping[str, Any]) -> list[Any]:
+    """Return what may change a run's last bits, and nothing else of it."""
+    settings = dict(record["settings"])
+    return [record.get("software"), record.get("machine"), *(settings.get(name) for name in _LAST_BITS)]
 
 
 def _machine(compute: Compute) -> dict[str, Any]:

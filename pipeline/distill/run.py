@@ -18,6 +18,7 @@ from pipeline.distill.loop import Trainer
 from pipeline.distill.model_card import write_model_card
 from pipeline.distill.outcome import mistaken_images, outcome_of
 from pipeline.distill.preparation import Prepared, compute_for, prepare
+from pipeline.distill.recipe import Recipe
 from pipeline.distill.record import RunDirectory
 from pipeline.distill.report_page import write_run_page
 from pipeline.distill.training import Limits, Training
@@ -72,10 +73,10 @@ def distill(settings: DistillSettings) -> DistillResult:
     recipe = settings.resolved_recipe()
     compute = compute_for(settings)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
-    with open_artifact(settings.artifact) as artifact:
+    with open_artifact(settings.artifact) as artifact, directory.claim(told_of_run(settings, recipe, artifact)):
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
-        with directory.open(run_record(settings, artifact, prepared), trainer):
+        with directory.open(found_for_run(prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
             images = prepared.images.evaluation
@@ -89,27 +90,39 @@ def distill(settings: DistillSettings) -> DistillResult:
             return replace(result, report=report)
 
 
-def run_record(settings: DistillSettings, artifact: Artifact, prepared: Prepared) -> dict[str, Any]:
-    """Say everything that makes a run; two runs of which this is equal end in the same student.
+def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact) -> dict[str, Any]:
+    """Say what a run was told; with what is found later, two runs of which this is equal end in the same student.
 
     Args:
         settings: of the run.
+        recipe: with the settings laid over it.
         artifact: open.
-        prepared: what the run consists of.
 
     Returns:
-        The parts of `run.json` that a resumed run must share with the run before it.
+        The parts of its record that are known before it is prepared.
     """
-    trainer, images, data = prepared.trainer, prepared.images, prepared.data
-    compute = trainer.compute
     return {
         "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
-        "recipe": trainer.recipe.model_dump(),
+        "recipe": recipe.model_dump(),
         "artifact": {
             "file": artifact.path.name,
             "manifest_sha256": artifact.manifest_sha256,
             "teacher": artifact.manifest.teacher.model_dump(),
         },
+    }
+
+
+def found_for_run(prepared: Prepared) -> dict[str, Any]:
+    """Say what was found on the way to the first step.
+
+    Args:
+        prepared: what the run consists of.
+
+    Returns:
+        The other parts of its record.
+    """
+    images, data, compute = prepared.images, prepared.data, prepared.trainer.compute
+    return {
         "data": {
             "name": data.name,
             "revision": data.revision,

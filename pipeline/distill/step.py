@@ -9,6 +9,8 @@ from pipeline.distill.method import LOSSES, Batch
 from pipeline.errors import first_line
 from pipeline.progress import LOGGER
 
+_GRAPH_TRIALS = 3  # a CUDA graph is warmed up for, captured, replayed
+
 
 class ForwardBackward:
     """Computes losses and gradients of a batch."""
@@ -71,12 +73,17 @@ class ForwardBackward:
     def _compile(self, batch: Batch) -> None:
         kept = [buffer.clone() for buffer in self._method.buffers()]
         seed = torch.initial_seed()
-        # CUDA graphs: a small student's step is shorter than the launches of its kernels.
-        mode = "reduce-overhead" if batch.pixels.device.type == "cuda" else None
+        on_gpu = batch.pixels.device.type == "cuda"
+        # CUDA graphs: a small student's step is shorter than the launches of its kernels. Gradients that a graph has
+        # made are overwritten by its next replay, so they cannot be added up over parts.
+        parts = len(list(self._parts(len(batch.pixels))))
+        mode = "reduce-overhead" if on_gpu and parts == 1 else None
         LOGGER.info("Compiling the step, which takes a minute or so.")
         try:
             self._compiled = torch.compile(self._method, mode=mode, dynamic=False)
-            self._run(self._compiled, batch)
+            for _ in range(_GRAPH_TRIALS if mode else 1):
+                self._run(self._compiled, batch)
+                self._method.zero_grad(set_to_none=True)
         except Exception as error:  # whatever a compiler's absence or a model it cannot take may raise
             self._compiled_size = self._compiled = None
             LOGGER.info("The step is not compiled (%s): going on without.", first_line(error)[:300])

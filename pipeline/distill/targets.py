@@ -42,18 +42,17 @@ class Targets:
     image_ids: NDArray[np.int64]
     num_views: int
 
-    def sample_embeddings(self, images: NDArray[np.int64], views: NDArray[np.int64]) -> NDArray[np.float32]:
+    def sample_embeddings(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
         """Gather the teacher's embeddings of some training images.
 
         Args:
             images: [B] training images.
-            views: [B] which view of each.
 
         Returns:
-            [B, D], raw; 0 for an image without a row.
+            [B, V, D], raw, of the views that are replayed; 0 for an image without a row.
         """
         rows = self.sample_rows[images]
-        embeddings = sample_embeddings(self.artifact, np.maximum(rows, 0))[np.arange(len(rows)), views]
+        embeddings = sample_embeddings(self.artifact, np.maximum(rows, 0))[:, : self.num_views]
         embeddings[rows < 0] = 0
         return embeddings
 

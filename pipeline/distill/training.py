@@ -2,12 +2,14 @@
 
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.distill.evaluate import Evaluation, evaluate_student
 from pipeline.distill.feed import Batches
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.loop import Trainer
+from pipeline.distill.method import Batch
 from pipeline.distill.optimizer import learning_rate
 from pipeline.distill.record import RunDirectory
 from pipeline.progress import LOGGER, ProgressBar, duration
@@ -79,7 +81,8 @@ class Training:
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
             bar.advance(progress.epoch_images)
             clock = _Clock(feed)
-            for batch in feed.epoch(progress.epoch, progress.steps_done):
+            batches = feed.epoch(progress.epoch, progress.steps_done)
+            while (batch := self._next(batches)) is not None:
                 trainer.step(batch, feed.num_steps)
                 bar.advance(len(batch.pixels))
                 if stop.requested or limits.reached(trainer):
@@ -91,6 +94,10 @@ class Training:
                     clock = _Clock(feed)
             trainer.check_finite()  # waits for the device
             clock.note(trainer)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        with self._trainer.batch_must_fit():
+            return next(batches, None)
 
     def _close_epoch(self, evaluates: bool) -> Evaluation | None:
         """Note how the epoch went; evaluate and keep the student. A run that is stopped here does it again."""
@@ -104,7 +111,7 @@ class Training:
         line |= {"images_per_second": images_per_second, "seconds": progress.epoch_seconds}
         told = f"Epoch {progress.epoch} of {trainer.recipe.epochs}: loss {means['loss']:.4f}"
         if evaluates:
-            size = trainer.recipe.batch_size
+            size = trainer.evaluation_batch
             evaluation = evaluate_student(trainer.kept, self._evaluated, compute.device, compute.precision, size)
             self._directory.save_student(trainer)
             line |= {"top1": evaluation.top1, "top5": evaluation.top5}

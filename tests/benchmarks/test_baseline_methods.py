@@ -148,7 +148,7 @@ def test_every_method_may_be_compiled(name: str, arranged: Callable[..., Arrange
 
 def test_the_released_methods_optimizer_decays_everything_at_a_constant_rate() -> None:
     recipe = load_recipe("strong", method_overrides("released", {}))
-    assert (recipe.decay_all, recipe.schedule, recipe.warmup_epochs, recipe.gradient_clip) == (True, "constant", 0, 0)
+    assert (recipe.decay_all, recipe.schedule, recipe.warmup, recipe.gradient_clip) == (True, "constant", 0, 0)
     assert METHODS["released"].precision == "float32"
 
 

@@ -52,4 +52,24 @@ def test_a_disk_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.
     for lock in (FolderLock(tmp_path, "busy"), FolderLock(tmp_path, "busy")):
         lock.take()
         lock.wait()
+        assert not lock.held
         lock.release()
+
+
+def test_a_file_that_is_removed_before_it_is_locked_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, removed = fcntl.flock, list[str]()
+
+    def late(file: Any, operation: int) -> None:
+        if not removed:  # whoever had the lock ends just now, and takes the file away
+            removed.append(LOCK_NAME)
+            (tmp_path / LOCK_NAME).unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    first = FolderLock(tmp_path, "busy")
+    first.take()
+    assert first.held
+    with pytest.raises(PipelineError, match=r"^busy here$"):
+        FolderLock(tmp_path, "busy here").take()

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -234,6 +235,22 @@ def test_what_killed_runs_left_of_other_images_is_removed(tmp_path: Path) -> Non
     assert file_names(at_work) == ["lock", "pixels.123.tmp"]
     assert file_names(foreign) == ["pixels.123.tmp"]
     assert made.read() is not None
+
+
+def test_on_a_disk_without_locks_the_unfinished_files_of_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    elsewhere = tmp_path / ("1" * 32)
+    for folder in (tmp_path / ENTRY, elsewhere):
+        folder.mkdir()
+        (folder / "pixels.123.tmp").touch()
+    assert write(tmp_path).read() is not None
+    assert file_names(tmp_path / ENTRY) == sorted([*WHOLE, "pixels.123.tmp"])
+    assert "pixels.123.tmp" in file_names(elsewhere)
 
 
 def test_an_entry_that_is_finished_at_the_last_moment_is_not_removed(

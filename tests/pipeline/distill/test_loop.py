@@ -110,7 +110,7 @@ def test_everything_at_once_can_be_learnt(coloured: DecodedImages, tmp_path: Pat
         "learning_rate": 3e-3,
         "logit_scale": 5.0,
         "schedule": "cosine",
-        "warmup_epochs": 1,
+        "warmup": 0.5,
     }
     trainer, feed = make(coloured, tmp_path, "both", **fields, **EVERYTHING)
     losses = run_epochs(trainer, feed, 15)
@@ -182,7 +182,7 @@ def test_the_learning_rate_follows_the_schedule(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "batch_size": 3,
         "epochs": 2,
-        "warmup_epochs": 1,
+        "warmup": 0.5,
         "schedule": "cosine",
         "learning_rate": 0.3,
     }
@@ -391,8 +391,8 @@ def test_finite_weights_in_bfloat16_are_suspected_to_be_too_coarse(tmp_path: Pat
     trainer, feed = make(noise_images(4, 0), tmp_path, compute=Compute(CPU, torch.bfloat16, 0))
     spoil(trainer, at_step=1)
     assert not_finite(trainer, list(feed.epoch(1))) == (
-        "the loss is not finite at step 1, in epoch 1 (ce is nan). The weights are finite, so it is likely that "
-        "bfloat16 is too coarse: try --precision float32."
+        "the loss is not finite at step 1, in epoch 1 (ce is nan). The weights are finite: try a lower --lr than "
+        "0.001, or --set gradient_clip=1, then --precision float32."
     )
 
 
@@ -423,7 +423,7 @@ def test_memory_that_runs_out_is_advised_about(tmp_path: Path, monkeypatch: pyte
         raise MemoryError
 
     monkeypatch.setattr(trainer, "forward_backward", exhaust)
-    assert not_finite(trainer, list(feed.epoch(1))) == ("out of memory: training at batch size 9. Try --batch-size 4.")
+    assert not_finite(trainer, list(feed.epoch(1))) == "out of memory: training at batch size 9. Try --micro-batch 4."
 
 
 # Going back

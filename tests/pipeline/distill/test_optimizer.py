@@ -37,8 +37,8 @@ def test_a_constant_learning_rate_is_constant_from_the_first_step() -> None:
 
 
 def test_the_warm_up_is_a_straight_rise_that_ends_at_the_highest_value() -> None:
-    assert rates(4, epochs=3, warmup_epochs=1) == [0.5, 1.0, 1.5, 2.0] + [2.0] * 8
-    assert rates(4, epochs=3, warmup_epochs=0.5)[:3] == [1.0, 2.0, 2.0]
+    assert rates(4, epochs=3, warmup=1 / 3) == [0.5, 1.0, 1.5, 2.0] + [2.0] * 8
+    assert rates(4, epochs=3, warmup=1 / 6)[:3] == [1.0, 2.0, 2.0]
 
 
 def test_the_cosine_falls_from_the_highest_value_to_almost_nothing() -> None:
@@ -51,20 +51,20 @@ def test_the_cosine_falls_from_the_highest_value_to_almost_nothing() -> None:
 
 
 def test_the_cosine_begins_after_the_warm_up_and_would_be_zero_after_the_last_step() -> None:
-    recipe = make_recipe(learning_rate=2.0, epochs=3, warmup_epochs=1, schedule="cosine")
+    recipe = make_recipe(learning_rate=2.0, epochs=3, warmup=1 / 3, schedule="cosine")
     found = [learning_rate(recipe, step, 4) for step in range(13)]
     assert found[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert found[8] == pytest.approx(1.0)
     assert found[12] == pytest.approx(0, abs=1e-12)
 
 
-def test_a_warm_up_longer_than_the_run_only_rises() -> None:
-    found = rates(2, epochs=2, warmup_epochs=8, schedule="cosine")
-    assert found == pytest.approx([2 / 16, 4 / 16, 6 / 16, 8 / 16])
+def test_a_warm_up_is_as_long_a_part_of_any_run() -> None:
+    assert rates(2, epochs=2, warmup=0.5) == [1.0, 2.0, 2.0, 2.0]
+    assert rates(20, epochs=2, warmup=0.5).index(2.0) == 19
 
 
-def test_a_warm_up_as_long_as_the_run_ends_at_the_highest_value() -> None:
-    recipe = make_recipe(learning_rate=2.0, epochs=2, warmup_epochs=2, schedule="cosine")
+def test_a_warm_up_that_is_almost_the_whole_run_ends_at_the_highest_value() -> None:
+    recipe = make_recipe(learning_rate=2.0, epochs=2, warmup=0.99, schedule="cosine")
     assert [learning_rate(recipe, step, 2) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
 
 

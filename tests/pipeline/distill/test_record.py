@@ -87,7 +87,11 @@ def recording(
     record: Mapping[str, Any] = RECORD,
 ) -> Iterator[RunDirectory]:
     directory = RunDirectory(out, overwrite=overwrite, resume=resume)
-    with directory.open(record, trainer):
+    found = {part: record[part] for part in ("data", "compute")}
+    with (
+        directory.claim({part: values for part, values in record.items() if part not in found}),
+        directory.open(found, trainer),
+    ):
         yield directory
 
 
@@ -414,10 +418,13 @@ def test_every_setting_that_differs_is_named(run: Run, other: Run, out: Path) ->
     }
     assert refusal(other, out, resume=True, record=changed) == (
         f'{out}: is a run of other settings: artifact.manifest_sha256 was "{"a" * 64}", is "{"b" * 64}"; '
-        'compute.device was "cpu", is "cuda"; data.join.missing_rows was [], is [3]; '
-        f'data.train_sha256 was "{"c" * 64}", is "{"d" * 64}"; recipe.alpha2 was 0.5, is 0.25; '
-        "recipe.augmentation.horizontal_flip was 0.5, is 0.0; recipe.augmentation.operations was null, is 1; "
-        "settings.seed was 0, is 1. Pass the same, or another --out."
+        "recipe.alpha2 was 0.5, is 0.25; recipe.augmentation.horizontal_flip was 0.5, is 0.0; "
+        "recipe.augmentation.operations was null, is 1; settings.seed was 0, is 1. Pass the same, or another --out."
+    )
+    found_later = RECORD | {part: changed[part] for part in ("data", "compute")}
+    assert refusal(other, out, resume=True, record=found_later) == (
+        f'{out}: is a run of other settings: compute.device was "cpu", is "cuda"; data.join.missing_rows was [], is '
+        f'[3]; data.train_sha256 was "{"c" * 64}", is "{"d" * 64}". Pass the same, or another --out.'
     )
     assert (out / "run.json").read_bytes() == before
     assert metrics(out) == [(1, 1)]
@@ -468,11 +475,40 @@ def test_an_older_run_is_replaced_by_one_process_only(run: Run, other: Run, out:
     assert file_names(out.parent) == ["run"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_appeared_meanwhile_is_not_replaced(resume: bool, run: Run, other: Run, out: Path) -> None:
+    late = RunDirectory(out, overwrite=False, resume=resume)  # when there was none
+    record_epochs(run, out, 1)
+    with pytest.raises(PipelineError) as caught, late.claim({}):
+        raise AssertionError("it is not prepared")
+    assert str(caught.value) == f"{out}: exists. Pass --resume to go on with it, --overwrite, or another --out."
+    assert file_names(out) == WHOLE
+    assert file_names(out.parent) == ["run"]
+
+
+def test_a_run_is_replaced_by_renaming(run: Run, other: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the older one is removed, the newer one is whole already; the rest goes with the next run."""
+    record_epochs(run, out, 1)
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.name == ".run.replaced" and path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.distill.place.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            record_epochs(other, out, 1, overwrite=True)
+    assert file_names(out.parent) == [".run.replaced", "run"]
+    assert file_names(out / "checkpoints") == ["00000001"]
+    record_epochs(run, out, 1, overwrite=True)
+    assert file_names(out.parent) == ["run"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "Expecting value: line 1 column 1 (char 0)"),
-        (b"[]", "list indices must be integers or slices, not str"),
+        (b"[]", "'settings'"),
         (b"{}", "'settings'"),
         (b'{"settings": 5}', "'int' object is not iterable"),
         (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
@@ -501,6 +537,18 @@ def test_where_all_checkpoints_are_damaged_the_run_stays_as_it_was(run: Run, oth
     assert metrics(out) == [(1, 1), (2, 2)]
 
 
+def test_what_was_told_is_compared_before_anything_is_prepared(run: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    directory = RunDirectory(out, overwrite=False, resume=True)
+    with pytest.raises(PipelineError, match=r"settings\.seed was 0, is 1"), directory.claim({"settings": {"seed": 1}}):
+        raise AssertionError("it is not prepared")
+
+
+def test_a_run_that_is_gone_on_with_is_not_replaced(out: Path) -> None:
+    message = "--resume goes on with a run, --overwrite begins it anew: pass one of them."
+    assert place_refusal(out, overwrite=True, resume=True) == message
+
+
 @pytest.mark.parametrize("part", ["software", "machine"])
 def test_other_software_or_another_machine_is_said(
     part: str, run: Run, other: Run, out: Path, caplog: pytest.LogCaptureFixture
@@ -512,6 +560,7 @@ def test_other_software_or_another_machine_is_said(
     caplog.set_level("INFO", "clip_embed_kd")
     record_epochs(other, out, 0, resume=True)
     assert caplog.messages == [
-        "The run was begun with other software or on another machine: its last bits may differ.",
+        "The run was begun with other software, on another machine, or with another --micro-batch or --compile: "
+        "its last bits may differ.",
         "Going on after step 1, in epoch 1.",
     ]

@@ -72,7 +72,7 @@ EVERYTHING = Setup(
         {
             **{"cosine_weight": 0.5, "soft_label_weight": 0.5, "direction_weight": 0.2, "text_weight": 0.2},
             **{"learn_logit_scale": True, "average_decay": 0.9, "gradient_clip": 1.0, "centre": True},
-            **{"schedule": "cosine", "warmup_epochs": 1, "decay_all": False, "label_smoothing": 0.1},
+            **{"schedule": "cosine", "warmup": 0.5, "decay_all": False, "label_smoothing": 0.1},
             **{"augmentation.mixup_alpha": 1.0, "augmentation.cutmix_alpha": 1.0, "augmentation.operations": 1},
         }.items()
     ),
@@ -98,7 +98,7 @@ class Place:
         trainer, feed = self.setup.make(self.folder / "artifacts")
         directory = RunDirectory(self.folder / name, overwrite=False, resume=resume)
         size = trainer.method.student.config.image_size
-        with directory.open(RECORD, trainer):
+        with directory.claim(RECORD), directory.open({}, trainer):
             evaluated = noise_images(6, 1, image_size=size)
             return Training(trainer, feed, evaluated, directory).run(Limits(max_steps, minutes))
 
