@@ -146,8 +146,12 @@ def teacher_pixels(
     """Resize and normalise a batch by the teacher's own image processor, on the device where the batch is.
 
     On a CPU this is what an extraction does to images of this size, and the pixels are the same. On a GPU torchvision
-    resizes in float32 and rounds, where its CPU code and Pillow's add up whole numbers: a pixel may be one of 255
-    levels off. An extraction resizes the image as it was stored, and this one what the student's size has left of it.
+    resizes in float32 and rounds once, where its CPU code and Pillow's add up whole numbers in two passes. With such
+    a resize, done on a CPU, 15 % of the pixels of 64 CIFAR-100 images (bicubic to 224 px) were another level of 255,
+    nearly all by one and none by more than 7; ViT-Ti's embeddings were 1.4 % apart in the median and 4.2 % at most:
+    bfloat16 does as much (`pipeline/extract/comparison.py`). An extraction resizes the image as it was stored, this
+    what the student's size has left of it.
+
     Processors that only take Pillow's images (of timm's models) work on the CPU, and a GPU waits for them.
 
     Args:

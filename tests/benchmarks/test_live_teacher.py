@@ -65,7 +65,7 @@ def test_pixels_are_those_of_the_teachers_own_processor_to_the_bit(teacher: Teac
     assert torch.equal(found, teacher.preprocess(images))
 
 
-def test_a_resize_in_float32_is_one_level_off_at_most(teacher: Teacher) -> None:
+def test_a_bilinear_resize_in_float32_is_one_level_off_at_most(teacher: Teacher) -> None:
     # As on a GPU, where torchvision has no whole-number resize.
     pixels = batch_of(make_images(16, 4))
     level = 1 / 255 / 0.5  # of the tiny teacher's normalisation
