@@ -11,21 +11,49 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.distill.loop import Progress, Trainer
+from pipeline.distill.loop import Progress
 from pipeline.errors import PipelineError, describe_problems, first_line
 from pipeline.progress import LOGGER
 
 _FORMAT, _KEPT = 1, 2
 _PROGRESS = TypeAdapter(Progress)
+
+
+class Rated(Protocol):
+    """Settings with a learning rate, at its highest."""
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's."""
+
+
+class Learner(Protocol):
+    """Who learns in steps, and can go back to where it stood between two of them."""
+
+    progress: Progress
+
+    @property
+    def recipe(self) -> Rated:
+        """What it learns by."""
+
+    def check_finite(self) -> None:
+        """Raise PipelineError where a loss was not finite."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all that it has learnt, by name."""
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], progress: Progress) -> None:
+        """Go back to where it stood."""
 
 
 class Checkpoints:
@@ -36,7 +64,7 @@ class Checkpoints:
         self.folder = folder
         self._newest: int | None = None
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Learner) -> None:
         """Write where a run stands, and remove what is older than the checkpoint before.
 
         Args:
@@ -77,7 +105,7 @@ class Checkpoints:
         self._newest = trainer.progress.num_steps
         self._remove_all_but(final)
 
-    def restore(self, trainer: Trainer) -> bool:
+    def restore(self, trainer: Learner) -> bool:
         """Go on from the newest checkpoint that is whole.
 
         Args:

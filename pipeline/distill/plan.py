@@ -230,7 +230,7 @@ def _for_time(found: Plan, prepared: Prepared, settings: DistillSettings, hours:
     suggestions, image_seconds = [], found.image_seconds
     step = prepared.trainer.forward_backward
     other = torch.float32 if step.precision == torch.bfloat16 else torch.bfloat16
-    sound = other == torch.float32 or is_sound_in_bfloat16(prepared.trainer.kept, prepared.trainer.compute.device)
+    sound = other == torch.float32 or is_sound_in_bfloat16(prepared.trainer.kept.model, prepared.trainer.compute.device)
     if sound and not step.compiled:  # it would be compiled again
         step.precision = other
         _warm(found.micro_batch, prepared)

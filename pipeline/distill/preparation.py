@@ -88,22 +88,22 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     for line in report.lines():
         LOGGER.info("%s", line)
     LOGGER.info("%s images to evaluate on: %s.", f"{len(images.evaluation):,}", images.evaluation_name)
-    if settings.precision == "auto" and not is_sound_in_bfloat16(student, compute.device):
+    if settings.precision == "auto" and not is_sound_in_bfloat16(student.model, compute.device):
         compute = replace(compute, precision=torch.float32)
     trainer = Trainer(student, targets, settings.target, recipe, compute)
     feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
     return Prepared(data, images, targets, report, trainer, feed)
 
 
-def is_sound_in_bfloat16(student: Student, device: torch.device) -> bool:
-    """Tell whether a student may be trained in bfloat16: on a CPU its convolutions must not overlap.
+def is_sound_in_bfloat16(model: nn.Module, device: torch.device) -> bool:
+    """Tell whether a model may be trained in bfloat16: on a CPU its convolutions must not overlap.
 
     The weight gradients of some that do (3×3 on 1×1 pixels, for one) read memory that nobody has written: seen in
     PyTorch 2.15, on a CPU with AVX-512 bfloat16. Patch embeddings, which do not overlap, are sound.
     """
     overlap = any(
         isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) != tuple(layer.stride) and max(layer.kernel_size) > 1
-        for layer in student.model.modules()
+        for layer in model.modules()
     )
     return not (overlap and device.type == "cpu")
 

@@ -50,17 +50,16 @@ def partial_path(out: Path) -> Path:
 class PartialFolder:
     """The finished chunks of one extraction."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str = "extraction") -> None:
         """Name the folder; nothing is touched.
 
         Args:
             path: of the folder.
+            what: is not finished, for messages.
         """
-        self.path = path
+        self.path, self._what = path, what
         self.is_open = False
-        self._lock = FolderLock(
-            path, f"{path}: another extraction is at work in it. Wait for it, or choose another --out."
-        )
+        self._lock = FolderLock(path, f"{path}: another {what} is at work in it. Wait for it, or choose another --out.")
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool) -> int:
         """Make the folder, or take up one that was made with the same settings.
@@ -80,7 +79,7 @@ class PartialFolder:
             found = self._read_settings()
             if "partial_version" not in found:
                 raise PipelineError(
-                    f"{self.path}: is in the way: no extraction made it. Move it, or choose another --out."
+                    f"{self.path}: is in the way: no {self._what} made it. Move it, or choose another --out."
                 )
             self._lock.take()
             if not (differing := describe_differences(found, wanted)):
@@ -90,7 +89,7 @@ class PartialFolder:
                 return len(self.finished())
             if not overwrite:
                 raise PipelineError(
-                    f"{self.path}: an interrupted extraction with other settings ({'; '.join(differing[:3])}). "
+                    f"{self.path}: an interrupted {self._what} with other settings ({'; '.join(differing[:3])}). "
                     "Give the same command to go on with it, or pass --overwrite to start anew."
                 )
             self.remove()
