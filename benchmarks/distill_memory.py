@@ -24,7 +24,7 @@ from pipeline.runtime import keep_freed_memory, peak_memory
 SIDES = {"ours": our_step, "supervised": supervised_step}
 STEPS = 20
 # The most that the import alone ever held.
-_IDLE = "import time, torch; time.sleep(0.5); print('{}')"
+IDLE = "import time, torch; time.sleep(0.5); print('{}')"
 
 
 def measure_memory(subject: Subject, times: int) -> Figures:
@@ -38,7 +38,7 @@ def measure_memory(subject: Subject, times: int) -> Figures:
         Megabytes: on a GPU those that PyTorch allocated there, else anonymous ones above an idle process that has
         imported torch; and the ratio of ours to the other.
     """
-    idle, _ = watch(["-c", _IDLE])
+    idle, _ = watch(["-c", IDLE])
     megabytes: dict[str, float] = {}
     file_pages: dict[str, float] = {}
     for side in SIDES:

@@ -6,7 +6,7 @@ Everything random follows from the seed, the epoch and the step: a resumed run d
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,25 @@ from pipeline.runtime import fits_device
 _MIXING = ("mixup_alpha", "cutmix_alpha", "mix_probability")
 _BLOCK = 4096  # images
 _ORDER = 2**32 - 1  # a step that never comes: its seed is the order's
+
+
+class Batches(Protocol):
+    """Where the batches of a run come from: a `Feed`, or what is laid around one."""
+
+    @property
+    def seconds(self) -> float:
+        """What they took so far, where the device had to wait for them."""
+
+    @property
+    def num_images(self) -> int:
+        """Images of an epoch."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Make the batches of one epoch, as `Feed.epoch` does."""
 
 
 @dataclass(frozen=True)

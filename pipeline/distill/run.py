@@ -73,10 +73,10 @@ def distill(settings: DistillSettings) -> DistillResult:
     recipe = settings.resolved_recipe()
     compute = compute_for(settings)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
-    with open_artifact(settings.artifact) as artifact, directory.claim(_told(settings, recipe, artifact)):
+    with open_artifact(settings.artifact) as artifact, directory.claim(told_of_run(settings, recipe, artifact)):
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
-        with directory.open(_found(prepared), trainer):
+        with directory.open(found_for_run(prepared), trainer):
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
             images = prepared.images.evaluation
@@ -88,6 +88,58 @@ def distill(settings: DistillSettings) -> DistillResult:
             report = _write_pages(directory.path, mistaken_images(outcome, images))
             directory.finish()
             return replace(result, report=report)
+
+
+def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact) -> dict[str, Any]:
+    """Say what a run was told; with what is found later, two runs of which this is equal end in the same student.
+
+    Args:
+        settings: of the run.
+        recipe: with the settings laid over it.
+        artifact: open.
+
+    Returns:
+        The parts of its record that are known before it is prepared.
+    """
+    return {
+        "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
+        "recipe": recipe.model_dump(),
+        "artifact": {
+            "file": artifact.path.name,
+            "manifest_sha256": artifact.manifest_sha256,
+            "teacher": artifact.manifest.teacher.model_dump(),
+        },
+    }
+
+
+def found_for_run(prepared: Prepared) -> dict[str, Any]:
+    """Say what was found on the way to the first step.
+
+    Args:
+        prepared: what the run consists of.
+
+    Returns:
+        The other parts of its record.
+    """
+    images, data, compute = prepared.images, prepared.data, prepared.trainer.compute
+    return {
+        "data": {
+            "name": data.name,
+            "revision": data.revision,
+            "licence": data.licence,
+            "num_classes": len(data.class_names),
+            "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
+            "train_sha256": _digest(images.train),
+            "evaluation_sha256": _digest(images.evaluation),
+            "evaluated_on": images.evaluation_name,
+            "num_evaluation_images": len(images.evaluation),
+            "join": prepared.join_report.as_json(),
+        },
+        "compute": {
+            "device": compute.device.type,
+            "precision": str(compute.precision).removeprefix("torch."),
+        },
+    }
 
 
 def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: float) -> DistillResult:
@@ -118,42 +170,6 @@ def _write_pages(folder: Path, pictures: Mapping[int, Image.Image]) -> Path | No
     except PipelineError as error:
         LOGGER.warning("There is no report: %s", error)
         return None
-
-
-def _told(settings: DistillSettings, recipe: Recipe, artifact: Artifact) -> dict[str, Any]:
-    """Say what a run was told; with what is found later, two runs of which this is equal end in the same student."""
-    return {
-        "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
-        "recipe": recipe.model_dump(),
-        "artifact": {
-            "file": artifact.path.name,
-            "manifest_sha256": artifact.manifest_sha256,
-            "teacher": artifact.manifest.teacher.model_dump(),
-        },
-    }
-
-
-def _found(prepared: Prepared) -> dict[str, Any]:
-    """Say what was found on the way to the first step."""
-    images, data, compute = prepared.images, prepared.data, prepared.trainer.compute
-    return {
-        "data": {
-            "name": data.name,
-            "revision": data.revision,
-            "licence": data.licence,
-            "num_classes": len(data.class_names),
-            "classes_sha256": hashlib.sha256(json.dumps(data.class_names).encode()).hexdigest(),
-            "train_sha256": _digest(images.train),
-            "evaluation_sha256": _digest(images.evaluation),
-            "evaluated_on": images.evaluation_name,
-            "num_evaluation_images": len(images.evaluation),
-            "join": prepared.join_report.as_json(),
-        },
-        "compute": {
-            "device": compute.device.type,
-            "precision": str(compute.precision).removeprefix("torch."),
-        },
-    }
 
 
 def _digest(images: DecodedImages) -> str:

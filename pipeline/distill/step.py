@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.distill.method import LOSSES, Batch, Method
+from pipeline.distill.method import LOSSES, Batch
 from pipeline.errors import first_line
 from pipeline.progress import LOGGER
 
@@ -16,12 +16,12 @@ class ForwardBackward:
     """Computes losses and gradients of a batch."""
 
     def __init__(
-        self, method: Method, precision: torch.dtype, micro_batch: int | None, compiled_size: int | None = None
+        self, method: nn.Module, precision: torch.dtype, micro_batch: int | None, compiled_size: int | None = None
     ) -> None:
         """Prepare; compilation happens with the first batch of that size.
 
         Args:
-            method: on its device, in training mode when called.
+            method: `Method`, or what takes and returns the same; on its device, in training mode when called.
             precision: of the student's forward pass.
             micro_batch: images in memory at once; none: the whole batch.
             compiled_size: use `torch.compile` for batches of so many images; where it fails, say why and go on

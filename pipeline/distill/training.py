@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pipeline.distill.evaluate import Evaluation, evaluate_student
-from pipeline.distill.feed import Feed
+from pipeline.distill.feed import Batches
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.loop import Trainer
 from pipeline.distill.method import Batch
@@ -34,7 +34,7 @@ class Limits:
 class Training:
     """One run, from where its trainer stands to its end."""
 
-    def __init__(self, trainer: Trainer, feed: Feed, evaluated: DecodedImages, directory: RunDirectory) -> None:
+    def __init__(self, trainer: Trainer, feed: Batches, evaluated: DecodedImages, directory: RunDirectory) -> None:
         """Bring together what a run consists of.
 
         Args:
@@ -127,7 +127,7 @@ class Training:
 class _Clock:
     """Measures time of training, and how much of it went by waiting for batches."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Batches) -> None:
         self._feed, self._start, self._fed = feed, time.monotonic(), feed.seconds
 
     def note(self, trainer: Trainer) -> None:

@@ -52,7 +52,7 @@ def check_artifact(settings: CheckSettings) -> CheckResult:
         data = load_labelled(extraction.data)
         class_rows = join_classes(artifact, data)
         manifest = artifact.manifest
-        teacher, facts = _load_teacher(extraction, device, manifest)
+        teacher, facts = load_compared_teacher(extraction, device, manifest)
         relative = tolerance(manifest.teacher.precision, teacher.info.precision)
         work = Again(settings.fraction, extraction, artifact, data, class_rows, teacher, relative)
         compared = None
@@ -71,6 +71,33 @@ def check_artifact(settings: CheckSettings) -> CheckResult:
     )
 
 
+def load_compared_teacher(
+    extraction: ExtractSettings, device: torch.device, manifest: Manifest
+) -> tuple["Teacher", TeacherFacts]:
+    """Load the teacher that settings name, and compare it with the one that a manifest names.
+
+    Args:
+        extraction: its pooling is the manifest's.
+        device: where it runs.
+        manifest: of the artifact.
+
+    Returns:
+        The teacher, and how it differs.
+
+    Raises:
+        PipelineError: it cannot be loaded; or its weights are the manifest's, and it cannot be pooled so.
+    """
+    try:
+        teacher, refused = load_settings_teacher(extraction, device), None
+    except PipelineError as error:
+        # Perhaps only because another teacher cannot be pooled so: then its weights are what to speak of.
+        teacher, refused = load_settings_teacher(extraction.model_copy(update={"pooling": "auto"}), device), error
+    facts = compare_teachers(manifest, teacher.info, teacher.preprocess.describe())
+    if refused and not facts.weights:
+        raise refused
+    return teacher, facts
+
+
 def _check_possible(artifact: Artifact) -> None:
     manifest, name = artifact.manifest, artifact.path.name
     sampling, made_by = manifest.sampling, manifest.software.get("clip-embed-kd", "unknown")
@@ -85,20 +112,6 @@ def _check_possible(artifact: Artifact) -> None:
             f"{name}: its views are of version {sampling.views_version}, this program renders version {VIEWS_VERSION}. "
             f"Check it with clip-embed-kd {made_by[:20]}, which made it."
         )
-
-
-def _load_teacher(
-    extraction: ExtractSettings, device: torch.device, manifest: Manifest
-) -> tuple["Teacher", TeacherFacts]:
-    try:
-        teacher, refused = load_settings_teacher(extraction, device), None
-    except PipelineError as error:
-        # Perhaps only because another teacher cannot be pooled so: then its weights are what to speak of.
-        teacher, refused = load_settings_teacher(extraction.model_copy(update={"pooling": "auto"}), device), error
-    facts = compare_teachers(manifest, teacher.info, teacher.preprocess.describe())
-    if refused and not facts.weights:
-        raise refused
-    return teacher, facts
 
 
 def _extraction(settings: CheckSettings, artifact: Artifact) -> ExtractSettings:
