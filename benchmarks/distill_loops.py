@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings
-from pipeline.distill.attention import use_coarse_dropout, use_explicit_attention
+from pipeline.distill.attention import leave_unused_tokens_out, use_coarse_dropout, use_explicit_attention
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.preparation import Prepared, compute_for, prepare
@@ -65,11 +65,12 @@ def our_step(prepared: Prepared) -> Step:
 def supervised_step(prepared: Prepared) -> Step:
     """Return a plain supervised step with all that makes ours fast, and with nothing of a teacher.
 
-    The same student, precision, attention, dropout and fused AdamW; cross-entropy of the labels.
+    The same student, precision, attention, dropout, tokens and fused AdamW; cross-entropy of the labels.
     """
     compute, recipe = prepared.trainer.compute, prepared.trainer.recipe
     student = _new_student(prepared)
     use_coarse_dropout(student.model, compute.device)
+    leave_unused_tokens_out(student.model)
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(student.parameters(), **options, fused=True)
 

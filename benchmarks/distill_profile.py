@@ -13,6 +13,7 @@ from benchmarks.distill_rounds import WARM_STEPS, compare, in_rounds, seconds_of
 from benchmarks.distill_setup import Setup
 from benchmarks.distill_speed import timed_subject
 from benchmarks.figure_book import Figures
+from pipeline.distill.attention import ClassTokenBlock
 from pipeline.distill.loop import Trainer
 from pipeline.runtime import keep_freed_memory
 
@@ -78,8 +79,13 @@ def products_of(trainer: Trainer) -> list[Product]:
     where = {"device": trainer.compute.device, "dtype": trainer.compute.precision}
     size, tokens = trainer.recipe.batch_size, model.patch_embed.num_patches + model.num_prefix_tokens
     for block in model.blocks:
-        layers = [layer for layer in block.modules() if isinstance(layer, nn.Linear)]
-        made = [linear_products(size * tokens, layer.in_features, layer.out_features, where) for layer in layers]
+        used = 1 if isinstance(block, ClassTokenBlock) else tokens  # by the MLP
+        made = [
+            linear_products(size * rows, layer.in_features, layer.out_features, where)
+            for part, rows in ((block.attn, tokens), (block.mlp, used))
+            for layer in part.modules()
+            if isinstance(layer, nn.Linear)
+        ]
         heads = block.attn.num_heads
         made += [attention_products(size * heads, tokens, model.embed_dim // heads, where)]
         for there, back in made:

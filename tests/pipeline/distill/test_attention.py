@@ -1,9 +1,11 @@
+import copy
 from typing import Any, cast
 
 import pytest
+import timm
 import torch
 
-from pipeline.distill.attention import use_explicit_attention
+from pipeline.distill.attention import CoarseDropout, leave_unused_tokens_out, use_explicit_attention
 from tests.pipeline.distill.examples import CPU, make_student
 
 
@@ -61,3 +63,96 @@ def test_both_ways_give_the_same_answers_and_gradients() -> None:
     explicit, kernel = found
     assert len(explicit) == len(kernel) > 10
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(explicit, kernel, strict=True))
+
+
+# Dropout
+
+
+def test_dropout_drops_as_many_as_it_should_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    values = torch.ones(300, 1001, requires_grad=True)
+    found = CoarseDropout(0.1).train()(values)
+    kept = found != 0
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
+    assert torch.unique(found).tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
+    found.sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert torch.equal(values.grad, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_is_that_of_the_seed_in_any_precision(dtype: torch.dtype) -> None:
+    dropout, values = CoarseDropout(0.3).train(), torch.rand(7, 11).to(dtype)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(dropout(values))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert found[0].dtype == dtype
+
+
+def test_nothing_is_dropped_outside_training_or_at_probability_0() -> None:
+    values = torch.rand(3, 4)
+    assert CoarseDropout(0.5).eval()(values) is values
+    assert CoarseDropout(0.0).train()(values) is values
+
+
+# The last block
+
+
+def trained(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the logits and gradients of a step in training."""
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)
+    logits = model.train()(pixels)
+    return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+
+def tiny_vit(**options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model: torch.nn.Module = timm.create_model("test_vit", img_size=16, num_classes=3, **options)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_path_rate": 0.5}, {"attn_drop_rate": 0.3}, {"init_values": 0.5}])
+def test_the_last_block_learns_the_same_from_its_first_token_alone(options: dict[str, Any]) -> None:
+    whole = tiny_vit(**options)
+    short = copy.deepcopy(whole)
+    leave_unused_tokens_out(short)
+    with use_explicit_attention(whole, CPU), use_explicit_attention(short, CPU):
+        expected, found = trained(whole), trained(short)
+    assert len(found) == len(expected)
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_last_block_keeps_names_and_answers() -> None:
+    whole = tiny_vit()
+    short = copy.deepcopy(whole)
+    leave_unused_tokens_out(short)
+    copied = copy.deepcopy(short)
+    for model in (short, copied):
+        assert list(model.state_dict()) == list(whole.state_dict())
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in whole.named_parameters()]
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert torch.equal(short.eval()(pixels), whole.eval()(pixels))  # a copy has weights of its own
+        assert not copied.eval()(pixels).any()
+
+
+def test_only_the_first_token_of_the_last_block_is_computed() -> None:
+    model = cast(Any, tiny_vit())
+    leave_unused_tokens_out(model)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert model.train().forward_features(pixels).shape[1] == 1
+    assert model.eval().forward_features(pixels).shape[1] > 1
+
+
+@pytest.mark.parametrize(("name", "options"), [("test_vit", {"global_pool": "avg"}), ("test_resnet", {})])
+def test_models_that_use_all_tokens_are_left_alone(name: str, options: dict[str, Any]) -> None:
+    model = timm.create_model(name, num_classes=3, **options)
+    parts = list(map(type, model.modules()))
+    leave_unused_tokens_out(model)
+    assert list(map(type, model.modules())) == parts
