@@ -36,7 +36,7 @@ def measure_step(setup: Setup) -> Figures:
     with timed_subject(setup).prepared() as prepared:
         steps = {"ours": our_step(prepared), "supervised": supervised_step(prepared)}
         sides = {name: timer(step, setup.device) for name, step in steps.items()}
-        seconds = in_rounds(sides, setup.pick(4 * setup.pairs, setup.pairs), setup.device)
+        seconds = in_rounds(sides, setup.pick(16 * setup.pairs, setup.pairs), setup.device)
         figures = {"precision": str(prepared.trainer.compute.precision), **step_times(seconds)}
     found = compare(seconds["ours"], seconds["supervised"])
     memory = measure_memory(timed_subject(setup), setup.pick(MEMORY_TIMES, 1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -53,8 +54,10 @@ def leave_unused_tokens_out(model: nn.Module) -> None:
     Args:
         model: of timm; changed in place. Outside training, and where another pooling is used, it computes as before.
     """
-    if type(model) is VisionTransformer and model.global_pool == "token" and type(model.blocks[-1]) is Block:
-        model.blocks[-1] = ClassTokenBlock(model.blocks[-1])
+    if type(model) is VisionTransformer and model.global_pool == "token":
+        blocks: Any = model.blocks
+        if type(blocks[-1]) is Block:
+            blocks[-1] = ClassTokenBlock(blocks[-1])
 
 
 class ClassTokenBlock(nn.Module):
@@ -70,10 +73,12 @@ class ClassTokenBlock(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch used width"]:
         """Compute the block: of the first token in training, else of all."""
         block = self._whole[0]
-        if self.training:
+        if not self.training:
+            tokens = block(tokens)
+        else:
             tokens = tokens[:, :1] + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))[:, :1]))
-            return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-        return block(tokens)
+            tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        return tokens
 
 
 class CoarseDropout(nn.Module):
