@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.distill.targets import Targets
 from tests.conftest import CLASS_NAMES
 from tests.pipeline.distill.examples import (
     CPU,
+    EMBED_DIM,
     Extras,
     embedding_of,
     head_of,
@@ -339,10 +341,23 @@ def test_a_mixture_with_an_image_that_is_not_joined_takes_no_part(
 # Where pixels come from
 
 
-def test_pixels_kept_on_the_device_make_the_same_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", ["pixels", "embeddings", "both"])
+def test_what_is_kept_on_the_device_makes_the_same_batches(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = noise_images(9, 0, num_views=2).select(np.array([7, 2, 5, 0, 3]))
-    first, second = (make_feed(images, tmp_path, replay_views=True, soft_label_weight=1.0) for _ in range(2))
-    second._pixels = torch.from_numpy(images.pixels[images.places])  # as on a GPU where they fit
+    make = partial(make_feed, images, tmp_path, without=(1,), replay_views=True, soft_label_weight=1.0)
+    first, asked = make(), list[int]()
+
+    def fits(num_bytes: int, device: torch.device) -> bool:  # as on a GPU
+        asked.append(num_bytes)
+        return held in ("both", ("pixels", "embeddings")[len(asked) - 1])
+
+    monkeypatch.setattr(module, "fits_device", fits)
+    monkeypatch.setattr(module, "_BLOCK", 2)  # three blocks, one of them short
+    second = make()
+    assert asked == [5 * images.pixels[0].nbytes, 5 * 2 * EMBED_DIM * 4]
+    assert [second._pixels is not None, second._embeddings is not None] == [held != "embeddings", held != "pixels"]
     assert all(equal(one, other) for one, other in zip(first.epoch(1), second.epoch(1), strict=True))
 
 
