@@ -90,9 +90,9 @@ class ReleasedLoss(nn.Module):
             "ce": F.cross_entropy(logits.softmax(dim=1), part.class_targets, reduction="sum") / size,
             "clip": F.cross_entropy(cosines, part.class_targets, reduction="sum") / size,
         }
-        found["loss"] = found["ce"] + _RELEASED_CLIP_WEIGHT * found["clip"]
-        nothing = torch.zeros_like(found["ce"])
-        return torch.stack([found.get(name, nothing) for name in LOSSES])
+        total = found["ce"] + _RELEASED_CLIP_WEIGHT * found["clip"]
+        told = [found[name].detach() if name in found else torch.zeros_like(total) for name in LOSSES[1:]]
+        return torch.stack([total, *told])
 
 
 def method_overrides(name: str, given: Mapping[str, Any]) -> dict[str, Any]:

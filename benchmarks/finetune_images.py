@@ -1,17 +1,16 @@
-"""Images on the device, taken a batch at a time: all of them in an order drawn for each epoch, or those asked for."""
+"""Images of one view on the device, a batch at a time: all of them in an order of each epoch, or those asked for."""
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.distill.augment import send
-from pipeline.distill.feed import step_seed
+from pipeline.distill.held import Drawn, Held
 from pipeline.distill.images import DecodedImages
-from pipeline.runtime import fits_device
-
-_ORDER = 2**32 - 1  # a step that never comes: its seed is the order's
+from pipeline.distill.order import epoch_order, num_batches, step_generator
 
 
 class DeviceImages:
@@ -24,24 +23,17 @@ class DeviceImages:
             images: of one view.
             device: where batches are wanted.
         """
-        self._images, self._device = images, device
+        self._num_images, self._device = len(images), device
         self._labels = torch.from_numpy(images.labels).to(device)
-        self._pixels: Tensor | None = None
-        if fits_device(images.pixels.nbytes, device):
-            self._pixels = torch.from_numpy(images.pixels[images.places, 0]).to(device)
+        self._pixels = Held(lambda some, views: images.pixels[images.places[some], views], len(images), device)
 
     def __len__(self) -> int:
         """Return the number of images."""
-        return len(self._images)
-
-    def num_steps(self, batch_size: int) -> int:
-        """Return the number of batches in an epoch."""
-        full, rest = divmod(len(self), batch_size)
-        return full + (rest > 1)  # one image has no batch statistics: it waits for the next epoch
+        return self._num_images
 
     def batches(
         self, batch_size: int, seed: int, epoch: int, first_step: int
-    ) -> Iterator[tuple[Int[Tensor, " batch"], torch.Generator]]:
+    ) -> Iterator[tuple[NDArray[np.int64], torch.Generator]]:
         """Draw the batches of an epoch.
 
         Args:
@@ -53,21 +45,15 @@ class DeviceImages:
         Yields:
             Which images, as `take` wants them, and a generator of whatever else is random in the step.
         """
-        generator = torch.Generator().manual_seed(step_seed(seed, epoch, _ORDER))
-        parts = torch.split(torch.randperm(len(self), generator=generator), batch_size)
-        for step in range(first_step, self.num_steps(batch_size)):
-            yield parts[step], torch.Generator().manual_seed(step_seed(seed, epoch, step))
+        order = epoch_order(len(self), seed, epoch)
+        for step in range(first_step, num_batches(len(self), batch_size)):
+            yield order[step * batch_size : (step + 1) * batch_size], step_generator(seed, epoch, step)
 
-    def take(
-        self, chosen: Int[Tensor, " batch"]
-    ) -> tuple[UInt8[Tensor, "batch height width 3"], Int[Tensor, " batch"]]:
+    def take(self, chosen: NDArray[np.int64]) -> tuple[UInt8[Tensor, "batch height width 3"], Int[Tensor, " batch"]]:
         """Return pixels and labels of some images, on the device.
 
         Args:
-            chosen: which, on the CPU.
+            chosen: which.
         """
-        index = send(chosen, self._device)
-        if self._pixels is not None:
-            return self._pixels[index], self._labels[index]
-        pixels = self._images.pixels[self._images.places[chosen.numpy()], 0]
-        return torch.from_numpy(pixels).to(self._device), self._labels[index]
+        drawn = Drawn.of(chosen, np.zeros(len(chosen), np.int64), self._device)
+        return self._pixels.take(drawn), self._labels[drawn.index]

@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.data import BadImageError, DataSettings, Labelled, evaluation_split, load_labelled
 from pipeline.distill.cache import cached_images
+from pipeline.distill.evaluate import learned_labels
 from pipeline.distill.images import DecodedImages, held_out
 from pipeline.distill.loop import Compute
 from pipeline.distill.preparation import is_sound_in_bfloat16
-from pipeline.errors import PipelineError, listed
+from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings
 from pipeline.extract.preparation import load_settings_teacher
 from pipeline.extract.teacher import Teacher
@@ -137,14 +137,7 @@ def _evaluation_data(settings: FinetuneSettings, data: Labelled) -> Labelled | N
     if split is None:
         return None
     found = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
-    index_of = {name: index for index, name in enumerate(data.class_names)}
-    labels = np.array([index_of.get(name, -1) for name in found.class_names], np.int64)[found.labels]
-    if (labels < 0).any():
-        unknown = [found.class_names[index] for index in np.unique(found.labels[labels < 0])]
-        raise PipelineError(
-            f"{settings.data.dataset}, split {split}: {len(unknown)} of its classes are not in split "
-            f"{settings.data.split} ({listed(unknown)}). Choose another --eval-split."
-        )
+    labels = learned_labels(found, data.class_names)
     return replace(found, labels=labels, class_names=data.class_names)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.finetune_images import DeviceImages
@@ -21,8 +22,9 @@ from benchmarks.finetune_model import TeacherClassifier
 from benchmarks.finetune_setup import FinetuneSettings, Setup
 from pipeline.distill.augment import Augmentation, augment
 from pipeline.distill.checkpoint import Checkpoints
-from pipeline.distill.feed import step_seed
 from pipeline.distill.loop import Progress
+from pipeline.distill.optimizer import rate_share
+from pipeline.distill.order import num_batches, step_seed
 from pipeline.errors import PipelineError
 from pipeline.progress import LOGGER, ProgressBar, duration
 from pipeline.runtime import batch_must_fit
@@ -52,7 +54,7 @@ class FineTuning:
         """
         self.model, self.recipe, self._compute = model, setup.settings, setup.compute
         self.images = DeviceImages(setup.train, setup.compute.device)
-        self._steps_per_epoch = self.images.num_steps(self.recipe.batch_size)
+        self._steps_per_epoch = num_batches(len(self.images), self.recipe.batch_size)
         self.progress = Progress()
         self._augmentation = Augmentation(
             horizontal_flip=0.5, random_crop_px=setup.image_size // 8, operations=self.recipe.operations
@@ -84,19 +86,20 @@ class FineTuning:
             late = _is_late(deadline)
         return self.progress.epoch > self.recipe.epochs
 
-    def step(self, chosen: Int[Tensor, " batch"], generator: torch.Generator) -> None:
+    def step(self, chosen: NDArray[np.int64], generator: torch.Generator) -> None:
         """Learn from one batch.
 
         Args:
-            chosen: which images, on the CPU.
+            chosen: which images.
             generator: of their augmentation, on the CPU.
 
         Raises:
             PipelineError: the loss is not finite, or memory ran out.
         """
         progress, recipe = self.progress, self.recipe
+        share = rate_share(progress.num_steps, recipe.epochs * self._steps_per_epoch, WARMUP_SHARE)
         for group in self._optimizer.param_groups:
-            group["lr"] = group["highest_lr"] * self._rate()
+            group["lr"] = group["highest_lr"] * share
         # What the teacher drops, where it drops anything.
         torch.manual_seed(step_seed(recipe.seed, progress.epoch, progress.steps_done, purpose=1))
         self.model.train()
@@ -144,7 +147,8 @@ class FineTuning:
             torch.inference_mode(),
             batch_must_fit(self.recipe.batch_size, "evaluation"),
         ):
-            for chosen in torch.split(torch.arange(len(images)), self.recipe.batch_size):
+            for start in range(0, len(images), self.recipe.batch_size):
+                chosen = np.arange(start, min(start + self.recipe.batch_size, len(images)))
                 pixels, labels = images.take(chosen)
                 pixels = self.model.preprocess(pixels.permute(0, 3, 1, 2))
                 with self._autocast():
@@ -204,14 +208,6 @@ class FineTuning:
         )
         self.progress = progress.after_epoch()
         self._sum.zero_()
-
-    def _rate(self) -> float:
-        """Return the share of the highest rates: a straight rise, then half a cosine to 0 (arXiv 1608.03983)."""
-        step, num_steps = self.progress.num_steps, self.recipe.epochs * self._steps_per_epoch
-        warmup = round(WARMUP_SHARE * num_steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
 
     def _autocast(self) -> torch.autocast:
         precision = self._compute.precision

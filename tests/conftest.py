@@ -14,7 +14,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="clip-embed-kd-datasets-")
 os.environ["CLIP_EMBED_KD_CACHE"] = tempfile.mkdtemp(prefix="clip-embed-kd-images-")
-# Two processes whose threads wait for each other on the same cores take many times as long.
+# Models so small only lose by more, and processes whose threads wait for each other on the same cores take many times
+# as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
@@ -29,6 +30,7 @@ TYPED = (
     "losses",
     "method",
     "feed",
+    "held",
     "student",
     "targets",
     "loop",

@@ -97,18 +97,18 @@ def evaluate_student(
     )
 
 
-def student_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int64]:
-    """Translate a data set's labels into a student's classes, by name.
+def learned_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int64]:
+    """Translate a data set's labels into the classes that a model has learned, by name.
 
     Args:
         data: the data to evaluate on.
-        class_names: the student's.
+        class_names: the model's.
 
     Returns:
         [N] indices into `class_names`.
 
     Raises:
-        PipelineError: the data has images of a class that the student does not know.
+        PipelineError: the data has images of a class that the model does not know.
     """
     index_of = {name: index for index, name in enumerate(class_names)}
     table = np.array([index_of.get(name, -1) for name in data.class_names], np.int64)
@@ -116,9 +116,8 @@ def student_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int
     if (labels < 0).any():
         unknown = [data.class_names[index] for index in np.unique(data.labels[labels < 0])]
         raise PipelineError(
-            f"{data.settings.dataset}, split {data.settings.split}: {len(unknown)} of its classes are unknown to the "
-            f"student ({listed(unknown)}). It knows {len(class_names)}, "
-            f"among them {', '.join(class_names[:3])}."
+            f"{data.settings.dataset}, split {data.settings.split}: {len(unknown)} of its classes were not learned "
+            f"({listed(unknown)}). Learned were {len(class_names)} classes, among them {', '.join(class_names[:3])}."
         )
     return labels
 
@@ -140,7 +139,7 @@ def evaluate_run(settings: EvaluateSettings) -> Evaluation:
         student = load_student(settings.student).to(device)
     data = load_labelled(settings.data)
     class_names = student.config.class_names
-    data = replace(data, labels=student_labels(data, class_names), class_names=class_names)
+    data = replace(data, labels=learned_labels(data, class_names), class_names=class_names)
     images = cached_images(data, student.config.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
     precision = resolve_precision(settings.precision, device)
     return evaluate_student(student, images, device, precision, settings.batch_size)

@@ -4,29 +4,27 @@ Everything random follows from the seed, the epoch and the step: a resumed run d
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.distill.augment import Augmentation, augment, send
+from pipeline.distill.augment import Augmentation, augment
+from pipeline.distill.held import Drawn, Held
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.losses import soft_labels
 from pipeline.distill.method import Batch, Samples
 from pipeline.distill.mix import Mixed, mix
+from pipeline.distill.order import epoch_order, num_batches, step_generator
 from pipeline.distill.recipe import Recipe
 from pipeline.distill.targets import Targets
-from pipeline.runtime import fits_device
 
 _MIXING = ("mixup_alpha", "cutmix_alpha", "mix_probability")
-_BLOCK = 4096  # images
-_ORDER = 2**32 - 1  # a step that never comes: its seed is the order's
 
 
 class Batches(Protocol):
@@ -46,15 +44,6 @@ class Batches(Protocol):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Make the batches of one epoch, as `Feed.epoch` does."""
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Which images a batch has, and which view of each."""
-
-    images: NDArray[np.int64]
-    views: NDArray[np.int64]
-    index: Int[Tensor, " batch"]
 
 
 class Feed:
@@ -82,15 +71,8 @@ class Feed:
         self._joined = torch.from_numpy(targets.sample_rows >= 0).to(device)
         self._centre = targets.centre.to(device)
         self._head = None if targets.head is None else (targets.head[0].to(device), targets.head[1].to(device))
-        # On a GPU everything lives there, if it fits.
-        self._pixels: Tensor | None = None
-        self._embeddings: Tensor | None = None
-        num_images, view_bytes = len(images), images.pixels[:1].nbytes
-        if fits_device(num_images * view_bytes, device):
-            self._pixels = _held(lambda some: images.pixels[images.places[some]], num_images, device)
-        embedding_bytes = 4 * targets.num_views * targets.class_embeddings.shape[1]
-        if len(targets.sample_rows) and fits_device(num_images * embedding_bytes, device):
-            self._embeddings = _held(targets.sample_embeddings, num_images, device)
+        self._pixels = Held(lambda some, views: images.pixels[images.places[some], views], len(images), device)
+        self._embeddings = Held(self._read_embeddings, len(images), device) if len(targets.sample_rows) else None
         self.seconds = 0.0
 
     @property
@@ -101,9 +83,7 @@ class Feed:
     @property
     def num_steps(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(len(self._images), self._recipe.batch_size)
-        # One image has no batch statistics (BatchNorm fails) and no negatives: it waits for the next epoch.
-        return full + (rest > 1)
+        return num_batches(len(self._images), self._recipe.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Make the batches of one epoch.
@@ -116,38 +96,27 @@ class Feed:
             Batches, of which the last may be smaller.
         """
         size = self._recipe.batch_size
-        order = torch.randperm(len(self._images), generator=self.generator(epoch, _ORDER)).numpy()
+        order = epoch_order(len(self._images), self._seed, epoch)
         for step in range(first_step, self.num_steps):
             start, before = time.perf_counter(), self._queued()
-            batch = self._batch(order[step * size : (step + 1) * size], self.generator(epoch, step))
+            batch = self._batch(order[step * size : (step + 1) * size], step_generator(self._seed, epoch, step))
             # A GPU works on while a batch is made; where it has nothing left to do by then, it waited.
             if before is None or before.query():  # type: ignore[no-untyped-call]
                 self.seconds += time.perf_counter() - start
             yield batch
 
-    def generator(self, epoch: int, step: int) -> torch.Generator:
-        """Return the randomness of one step."""
-        return torch.Generator().manual_seed(step_seed(self._seed, epoch, step))
-
     def _batch(self, chosen: NDArray[np.int64], generator: torch.Generator) -> Batch:
         views = np.zeros(len(chosen), np.int64)
         if self._replays:
             views = torch.randint(self._targets.num_views, (len(chosen),), generator=generator).numpy()
-        drawn = _Drawn(chosen, views, send(torch.from_numpy(chosen), self._device))
-        pixels = augment(self._pixels_of(drawn), self._augmentation, generator)
+        drawn = Drawn.of(chosen, views, self._device)
+        pixels = augment(self._pixels.take(drawn), self._augmentation, generator)
         mixed = mix(pixels, self._augmentation, generator)
         labels = F.one_hot(self._labels[drawn.index], self._num_classes).float()
-        samples = self._samples(drawn, mixed) if len(self._targets.sample_rows) else None
+        samples = None if self._embeddings is None else self._samples(self._embeddings.take(drawn), drawn, mixed)
         return Batch(mixed.pixels, _blend(labels, mixed), samples)
 
-    def _pixels_of(self, drawn: _Drawn) -> Tensor:
-        if self._pixels is None:
-            pixels = self._images.pixels[self._images.places[drawn.images], drawn.views]
-            return send(torch.from_numpy(pixels), self._device)
-        return self._pixels[drawn.index, send(torch.from_numpy(drawn.views), self._device)]
-
-    def _samples(self, drawn: _Drawn, mixed: Mixed) -> Samples:
-        embeddings = self._embeddings_of(drawn)
+    def _samples(self, embeddings: Float[Tensor, "batch embed_dim"], drawn: Drawn, mixed: Mixed) -> Samples:
         joined = self._joined[drawn.index]
         probabilities = None
         if self._head is not None:
@@ -161,39 +130,13 @@ class Feed:
         positives = F.normalize(((ids[:, None] == ids[None, :]) & both).float(), p=1, dim=1)
         return Samples(_blend(embeddings, mixed), both, positives, probabilities)
 
-    def _embeddings_of(self, drawn: _Drawn) -> Tensor:
-        if self._embeddings is None:
-            views = self._targets.sample_embeddings(drawn.images)
-            return send(torch.from_numpy(views[np.arange(len(views)), drawn.views]), self._device)
-        return self._embeddings[drawn.index, send(torch.from_numpy(drawn.views), self._device)]
+    def _read_embeddings(self, images: NDArray[np.int64], views: Any) -> NDArray[np.float32]:
+        found = self._targets.sample_embeddings(images)
+        return found[:, views] if isinstance(views, slice) else found[np.arange(len(found)), views]
 
     def _queued(self) -> torch.cuda.Event | None:
         """Mark the end of what a GPU has been given to do so far; there is none elsewhere."""
         return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-
-
-def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
-    """Return the seed of something random in one step, without a relation to the seeds of others.
-
-    Args:
-        seed: of the run.
-        epoch: from 1; 0 is before the run.
-        step: of the epoch, from 0.
-        purpose: 0 for the batch, 1 for what the student drops.
-    """
-    return int(np.random.SeedSequence([seed, epoch, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _held(
-    read: Callable[[NDArray[np.int64]], NDArray[Any]], num_images: int, device: torch.device
-) -> Shaped[Tensor, "num_images ..."]:
-    """Bring something of all images to a device, in blocks, so that memory never holds all of it."""
-    first = read(np.arange(1))
-    found = torch.empty((num_images, *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device)
-    for start in range(0, num_images, _BLOCK):
-        block = read(np.arange(start, min(start + _BLOCK, num_images)))
-        found[start : start + len(block)] = torch.from_numpy(block).to(device)
-    return found
 
 
 def _blend(targets: Float[Tensor, "batch values"], mixed: Mixed) -> Float[Tensor, "batch values"]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pipeline.distill.attention import leave_unused_tokens_out, use_coarse_dropout, use_explicit_attention
 from pipeline.distill.config import Target
-from pipeline.distill.feed import step_seed
 from pipeline.distill.method import LOSSES, Batch, Method
 from pipeline.distill.optimizer import WeightAverage, learning_rate, make_optimizer
+from pipeline.distill.order import step_seed
 from pipeline.distill.recipe import Recipe
 from pipeline.distill.step import ForwardBackward
 from pipeline.distill.student import Student

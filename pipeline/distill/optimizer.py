@@ -51,13 +51,24 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         (arXiv 1608.03983, without restarts).
     """
     num_steps = recipe.epochs * steps_per_epoch
-    warmup = round(recipe.warmup * num_steps)
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    share = (step - warmup) / max(num_steps - warmup, 1)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    return recipe.learning_rate * rate_share(step, num_steps, recipe.warmup, decays=recipe.schedule == "cosine")
+
+
+def rate_share(step: int, num_steps: int, warmup: float, *, decays: bool = True) -> float:
+    """Return the share of the highest learning rate that a step has, as `learning_rate` describes it.
+
+    Args:
+        step: from 0, since the start of the run.
+        num_steps: of the whole run.
+        warmup: share of them in which the rate rises.
+        decays: along half a cosine, after that.
+    """
+    warmup_steps = round(warmup * num_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if not decays:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(num_steps - warmup_steps, 1)))
 
 
 class WeightAverage:

@@ -9,7 +9,7 @@ from pipeline.data import Labelled, evaluation_split, load_labelled
 from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.decoding import ReplayedViews
-from pipeline.distill.evaluate import student_labels
+from pipeline.distill.evaluate import learned_labels
 from pipeline.distill.feed import Feed
 from pipeline.distill.images import DecodedImages, held_out
 from pipeline.distill.initial import initialise
@@ -113,7 +113,7 @@ def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) ->
     if split is None:
         return None
     data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
-    return replace(data, labels=student_labels(data, class_names), class_names=class_names)
+    return replace(data, labels=learned_labels(data, class_names), class_names=class_names)
 
 
 def _decode(

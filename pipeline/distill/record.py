@@ -47,16 +47,7 @@ class RunDirectory:
     """Writes one run directory."""
 
     def __init__(self, path: Path, *, overwrite: bool, resume: bool) -> None:
-        """Check the place; nothing is written yet.
-
-        Args:
-            path: the directory to make.
-            overwrite: replace an older run directory there.
-            resume: go on with an older run there, if there is one.
-
-        Raises:
-            PipelineError: something else is there.
-        """
+        """Check the place as `Place` does, and raise what it raises; nothing is written yet."""
         self._place = Place(path, overwrite=overwrite, resume=resume)
         self._record: dict[str, Any] = {}
         self._before: dict[str, Any] = {}  # of the run that is gone on with

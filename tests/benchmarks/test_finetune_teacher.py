@@ -223,7 +223,8 @@ def test_a_split_with_classes_that_are_not_trained_is_refused(tiny_teacher: Path
     splits = datasets.DatasetDict(train=coloured_split(30, 0), test=test.cast_column("label", names))
     splits.save_to_disk(str(tmp_path / "data"))
     assert refusal(tiny_teacher, tmp_path / "data", tmp_path / "fine") == (
-        f"{tmp_path / 'data'}, split test: 1 of its classes are not in split train (dog). Choose another --eval-split."
+        f"{tmp_path / 'data'}, split test: 1 of its classes were not learned (dog). Learned were 3 classes, among them "
+        "ant, bee, cat."
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from benchmarks.finetune_images import DeviceImages
 from benchmarks.finetune_model import TeacherClassifier
@@ -85,7 +86,7 @@ def test_only_weights_of_layers_decay(make: Make) -> None:
 def test_a_step_goes_down_the_smoothed_cross_entropy_of_its_images(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     setup, training = make(operations=0)
     monkeypatch.setattr("benchmarks.finetune_training.augment", lambda pixels, settings, generator: pixels)
-    chosen = torch.arange(BATCH_SIZE)
+    chosen = np.arange(BATCH_SIZE)
     pixels = torch.tensor(setup.train.pixels[:BATCH_SIZE, 0]).permute(0, 3, 1, 2)
 
     def loss() -> float:
@@ -108,7 +109,7 @@ def test_accuracies_are_shares_of_the_images(make: Make) -> None:
     images = DeviceImages(setup.evaluated, torch.device("cpu"))
     torch.manual_seed(0)
     torch.nn.init.normal_(training.model.classifier.weight)
-    logits = training.model(training.model.preprocess(images.take(torch.arange(NUM_TEST))[0].permute(0, 3, 1, 2)))
+    logits = training.model(training.model.preprocess(images.take(np.arange(NUM_TEST))[0].permute(0, 3, 1, 2)))
     right = (logits.argmax(dim=1).numpy() == setup.evaluated.labels).mean()
     assert 0 < right < 1
     assert training.evaluate(images) == pytest.approx((100 * right, 100))
@@ -119,7 +120,7 @@ def test_a_signal_stops_it_after_a_checkpoint(name: str, make: Make, tmp_path: P
     _, training = make()
     step = training.step
 
-    def signalled(chosen: torch.Tensor, generator: torch.Generator) -> None:
+    def signalled(chosen: NDArray[np.int64], generator: torch.Generator) -> None:
         step(chosen, generator)
         if training.progress.num_steps == 6:
             signal.raise_signal(signal.Signals[name])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.data import DataSettings, load_labelled
 from pipeline.distill.config import EvaluateSettings
-from pipeline.distill.evaluate import Evaluation, evaluate_run, evaluate_student, student_labels
+from pipeline.distill.evaluate import Evaluation, evaluate_run, evaluate_student, learned_labels
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.student import Student, StudentConfig, save_student
 from pipeline.errors import PipelineError
@@ -174,28 +174,28 @@ def evaluate(
 
 def test_labels_are_translated_by_name(tmp_path: Path) -> None:
     data = labelled(make_split(6, 0, ("cat", "ant", "bee")), tmp_path / "data")
-    assert student_labels(data, ("ant", "bee", "cat", "dog")).tolist() == [2, 0, 1, 2, 0, 1]
+    assert learned_labels(data, ("ant", "bee", "cat", "dog")).tolist() == [2, 0, 1, 2, 0, 1]
 
 
 def test_a_name_without_images_may_be_unknown_to_the_student(tmp_path: Path) -> None:
     data = labelled(make_rows(make_images(2, 0), [1, 2], ("yak", "ant", "bee")), tmp_path / "data")
-    assert student_labels(data, CLASS_NAMES).tolist() == [0, 1]
+    assert learned_labels(data, CLASS_NAMES).tolist() == [0, 1]
 
 
 def test_an_unknown_class_is_named(tmp_path: Path) -> None:
     data = labelled(make_split(6, 0, ("cat", "dog", "eel")), tmp_path / "data")
     with pytest.raises(PipelineError) as caught:
-        student_labels(data, ("ant", "bee", "cat", "fly"))
+        learned_labels(data, ("ant", "bee", "cat", "fly"))
     assert str(caught.value) == (
-        f"{tmp_path / 'data'}, split train: 2 of its classes are unknown to the student (dog, eel). It knows 4, "
-        "among them ant, bee, cat."
+        f"{tmp_path / 'data'}, split train: 2 of its classes were not learned (dog, eel). "
+        "Learned were 4 classes, among them ant, bee, cat."
     )
 
 
 def test_five_of_many_unknown_classes_are_named(tmp_path: Path) -> None:
     data = labelled(make_split(6, 0, tuple("uvwxyz")), tmp_path / "data")
-    with pytest.raises(PipelineError, match=r"6 of its classes are unknown to the student \(u, v, w, x, y, …\)\."):
-        student_labels(data, CLASS_NAMES)
+    with pytest.raises(PipelineError, match=r"6 of its classes were not learned \(u, v, w, x, y, …\)\."):
+        learned_labels(data, CLASS_NAMES)
 
 
 def test_a_saved_student_is_evaluated_with_the_labels_names(student_folder: Path, tmp_path: Path) -> None:

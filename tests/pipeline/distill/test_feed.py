@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distill import feed as module
-from pipeline.distill.feed import Feed, step_seed
+from pipeline.distill import held as held_module
+from pipeline.distill.feed import Feed
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.losses import soft_labels
 from pipeline.distill.method import Batch, Samples
 from pipeline.distill.mix import Mixed
+from pipeline.distill.order import step_seed
 from pipeline.distill.targets import Targets
 from tests.conftest import CLASS_NAMES
 from tests.pipeline.distill.examples import (
@@ -353,11 +355,15 @@ def test_what_is_kept_on_the_device_makes_the_same_batches(
         asked.append(num_bytes)
         return held in ("both", ("pixels", "embeddings")[len(asked) - 1])
 
-    monkeypatch.setattr(module, "fits_device", fits)
-    monkeypatch.setattr(module, "_BLOCK", 2)  # three blocks, one of them short
+    monkeypatch.setattr(held_module, "fits_device", fits)
+    monkeypatch.setattr(held_module, "_BLOCK", 2)  # three blocks, one of them short
     second = make()
     assert asked == [5 * images.pixels[0].nbytes, 5 * 2 * EMBED_DIM * 4]
-    assert [second._pixels is not None, second._embeddings is not None] == [held != "embeddings", held != "pixels"]
+    parts = (second._pixels, second._embeddings)
+    assert [part is not None and part.lies_there for part in parts] == [
+        held != "embeddings",
+        held != "pixels",
+    ]
     assert all(equal(one, other) for one, other in zip(first.epoch(1), second.epoch(1), strict=True))
 
 

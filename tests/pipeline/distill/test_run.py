@@ -452,8 +452,8 @@ class TestBeforeAnyImageIsDecoded:
         test = make_split(6, 1, ("ant", "bee", "yak"))
         data = save_splits(tmp_path / "data", train=make_split(9, 0), test=test)
         assert refusal(start(data)) == (
-            f"{data}, split test: 1 of its classes are unknown to the student (yak). It knows 3, among them ant, bee, "
-            "cat."
+            f"{data}, split test: 1 of its classes were not learned (yak). Learned were 3 classes, among them "
+            "ant, bee, cat."
         )
 
     def test_a_student_that_does_not_fit_is_refused(self, start: Start) -> None:

@@ -1,0 +1,68 @@
+"""What every image has, e.g. its pixels: on the device for the whole run where it fits, else fetched batch by batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.distill.augment import send
+from pipeline.runtime import fits_device
+
+_BLOCK = 4096  # images
+
+# Given images [B] and the view of each, or a slice of views, returns something of each image [B, ...].
+Read = Callable[[NDArray[np.int64], Any], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Which images a batch has, and which view of each: [B] on the CPU, and `index` and `view` on the device."""
+
+    images: NDArray[np.int64]
+    views: NDArray[np.int64]
+    index: Int[Tensor, " batch"]
+    view: Int[Tensor, " batch"]
+
+    @classmethod
+    def of(cls, images: NDArray[np.int64], views: NDArray[np.int64], device: torch.device) -> "Drawn":
+        """Bring the choice to a device."""
+        return cls(images, views, *(send(torch.from_numpy(chosen), device) for chosen in (images, views)))
+
+
+class Held:
+    """One thing of all images, e.g. their pixels; `lies_there` tells whether all of it lies on the device."""
+
+    def __init__(self, read: Read, num_images: int, device: torch.device) -> None:
+        """Bring it to the device if it fits there.
+
+        Args:
+            read: where it comes from.
+            num_images: how many there are.
+            device: where batches are wanted.
+        """
+        self._read, self._device = read, device
+        self._all: Shaped[Tensor, "images views ..."] | None = None
+        first = read(np.arange(1), slice(None))
+        if not fits_device(num_images * first.nbytes, device):
+            return
+        # In blocks: the CPU's memory need not hold all of it.
+        self._all = torch.empty((num_images, *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device)
+        for start in range(0, num_images, _BLOCK):
+            block = read(np.arange(start, min(start + _BLOCK, num_images)), slice(None))
+            self._all[start : start + len(block)] = torch.from_numpy(block).to(device)
+
+    @property
+    def lies_there(self) -> bool:
+        """Tell whether a batch is gathered on the device, and not sent there."""
+        return self._all is not None
+
+    def take(self, drawn: Drawn) -> Shaped[Tensor, "batch ..."]:
+        """Return a batch of it, on the device."""
+        if self._all is None:
+            return send(torch.from_numpy(self._read(drawn.images, drawn.views)), self._device)
+        return self._all[drawn.index, drawn.view]
