@@ -19,7 +19,7 @@ PLANNED_IMAGES = {"cpu": (10_000, 2000), "mps": (10_000, 2000), "cuda": (50_000,
 TRIAL_IMAGES = (256, 100)
 REAL_SECONDS, TRIAL_SECONDS, LEAST_EPOCHS = 600.0, 60.0, 3
 MOST_OFF = 0.15
-EPOCHS, MOST_SECONDS, LEAST_TOP1 = 200, 300.0, 52.0
+EPOCHS, EAGER_EPOCHS, MOST_SECONDS, LEAST_TOP1 = 200, 5, 300.0, 52.0
 _POLL_SECONDS = 0.05
 
 
@@ -47,24 +47,23 @@ def measure_plan(setup: Setup) -> Figures:
 
 
 def measure_epochs(setup: Setup) -> Figures:
-    """Train the base student by recipe `paper` for 200 epochs of CIFAR-100, eager and compiled: seconds, accuracy.
+    """Train the base student by recipe `paper` for 200 epochs of CIFAR-100, compiled: seconds, accuracy.
 
-    Seconds are of the whole process, from its start to its end.
+    Seconds are of the whole process, from its start to its end. A few eager epochs tell what compiling is worth.
     """
     if setup.device_type != "cuda":
         return {"not run": f"on {setup.device_type}: --device cuda"}
     subject = Subject(setup.artifact("class", KNOWN_DATA), KNOWN_DATA, setup.device)
-    figures: Figures = {"epochs": setup.pick(EPOCHS, 2)}
-    for name, option in {"eager": "--no-compile", "compiled": "--compile"}.items():
-        start = time.monotonic()
-        options = ["--epochs", str(figures["epochs"]), "--overwrite", option]
+    figures: Figures = {}
+    for name, option, epochs in (("eager", "--no-compile", EAGER_EPOCHS), ("compiled", "--compile", EPOCHS)):
+        start, epochs = time.monotonic(), setup.pick(epochs, 2)
+        options = ["--epochs", str(epochs), "--overwrite", option]
         told = run(setup.distill(subject, setup.work / "epochs", *options))
         kept = {key: told[key] for key in ("top1", "top5", "images_per_second", "train_seconds", "feed_share")}
-        figures[name] = {"seconds": round(time.monotonic() - start, 1), **kept}
-    best = min(("eager", "compiled"), key=lambda name: float(figures[name]["seconds"]))
+        figures[name] = {"epochs": epochs, "seconds": round(time.monotonic() - start, 1), **kept}
     figures["targets"] = {
-        f"{best}: at most {MOST_SECONDS:.0f} s": figures[best]["seconds"] <= MOST_SECONDS,
-        f"{best}: top-1 above {LEAST_TOP1:.0f} %": figures[best]["top1"] > LEAST_TOP1,
+        f"compiled: at most {MOST_SECONDS:.0f} s": figures["compiled"]["seconds"] <= MOST_SECONDS,
+        f"compiled: top-1 above {LEAST_TOP1:.0f} %": figures["compiled"]["top1"] > LEAST_TOP1,
     }
     return figures
 

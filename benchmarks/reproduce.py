@@ -12,37 +12,23 @@ paper's teachers are taken from `--teachers FOLDER`, by their hub names without 
 accuracies are of a small teacher in their stead. Linux only.
 """
 
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import reproduce_paper as paper
-from benchmarks.distill_setup import subset
-from benchmarks.extract_setup import KNOWN_DATA, KNOWN_TEACHER, ROOT, machine
-from benchmarks.reproduce_bench import Bench, Outcome, commit, pending
-from benchmarks.reproduce_commands import Place
+from benchmarks.extract_setup import ROOT
+from benchmarks.reproduce_bench import Outcome, pending
 from benchmarks.reproduce_page import write_page
-from benchmarks.reproduce_processes import Processes
-from benchmarks.reproduce_results import Surroundings
-from benchmarks.reproduce_runs import SCALES, Training
-from benchmarks.reproduce_study import KNOWN, TARGETS, Study
+from benchmarks.reproduce_plan import Reproduction
+from benchmarks.reproduce_processes import Processes, stopping
+from benchmarks.reproduce_runs import SCALES
+from benchmarks.reproduce_study import TARGETS
 from pipeline.errors import PipelineError
-from pipeline.runtime import resolve_device, software_versions
-
-TRIAL_IMAGES = (200, 100)  # of the training and the test split
-_SOFTWARE = ("torch", "torchvision", "timm", "transformers", "datasets")
-_SHARED = "CLIP_EMBED_KD_SHARED"
-_MACHINE = ("processor", "cores", "threads", "device")
 
 
 @click.command()
@@ -81,7 +67,7 @@ def main(targets: Sequence[str], docs: Path, results: Path, **options: Any) -> N
     """Run TARGETs: table1, table2, table3, fig2, fig3, labels, kinds, live, all; page writes the tables."""
     try:
         wanted = TARGETS if "all" in targets else [target for target in targets if target != "page"]
-        outcome = measure(wanted, results, **options) if wanted else Outcome()
+        outcome = measure(wanted, results=results, **options) if wanted else Outcome()
         if "page" in targets:
             write_page(results, docs)
     except PipelineError as error:
@@ -93,13 +79,14 @@ def main(targets: Sequence[str], docs: Path, results: Path, **options: Any) -> N
     sys.exit(1 if outcome.failed else 0)
 
 
-def measure(targets: Sequence[str], results: Path, **options: Any) -> Outcome:
+def measure(targets: Sequence[str], *, jobs: int, max_minutes: float | None, **options: Any) -> Outcome:
     """Run what some targets are made of and what is not there yet.
 
     Args:
         targets: names in `TARGETS`.
-        results: the folder of all scales.
-        options: those of the command.
+        jobs: trainings side by side.
+        max_minutes: stop then, if at all.
+        options: the fields of a `Reproduction`.
 
     Returns:
         What became of the runs.
@@ -107,76 +94,12 @@ def measure(targets: Sequence[str], results: Path, **options: Any) -> Outcome:
     Raises:
         PipelineError: the device or the data is absent, or a file among the results is none.
     """
-    work, name = options["work"].absolute(), options["scale"]
-    kind = resolve_device(options["device"]).type
-    device = kind if options["device"] == "auto" else options["device"]
-    teachers = teachers_at_hand(options["teachers"])
-    study, folder = Study(SCALES[name], options["seeds"], list(teachers), kind), results.absolute() / name
-    jobs = study.jobs(targets)
-    left = pending(jobs, folder)
-    click.echo(f"{name}: {len(jobs) - len(left)} of {len(jobs)} runs are there.", err=True)
-    if not study.usual:
-        click.echo(f"No accuracies: neither {paper.TEACHERS['Large-32']} nor {KNOWN} is at hand.", err=True)
-    os.environ.setdefault("CLIP_EMBED_KD_CACHE", str(work / "images"))  # nothing is left elsewhere
-    data = dataset(work, name) if any(isinstance(job.run, Training) for job in left) else KNOWN_DATA
-    place = Place(work / name, data, teachers, (study.usual or [KNOWN])[0], device, study.scale, options["compiles"])
-    around = surroundings(device, options["jobs"], options["compiles"])
-    with stopping(Processes(), options["max_minutes"]) as processes:
-        return Bench(study, place, folder, around).run(left, processes.run, options["jobs"])
-
-
-def teachers_at_hand(folder: Path | None) -> dict[str, Path]:
-    """Find teachers by name: the paper's in a folder, and the known one.
-
-    Raises:
-        PipelineError: the folder has none of the paper's.
-    """
-    named = {name: folder / name for name in paper.TEACHERS.values()} if folder else {}
-    found = {name: path for name, path in named.items() if path.is_dir()}
-    if folder and not found:
-        raise PipelineError(f"{folder}: has none of the paper's teachers. Expected folders {', '.join(named)}.")
-    return found | ({KNOWN: KNOWN_TEACHER} if KNOWN_TEACHER.is_dir() else {})
-
-
-def dataset(work: Path, scale: str) -> Path:
-    """Return the folder of the data set: CIFAR-100, of a trial only a little of it.
-
-    Raises:
-        PipelineError: it is not there.
-    """
-    if not KNOWN_DATA.is_dir():
-        raise PipelineError(f"{KNOWN_DATA}: CIFAR-100 is not there. Name the folder around data/ by {_SHARED}.")
-    return subset(work, *TRIAL_IMAGES) if scale == "trial" else KNOWN_DATA
-
-
-def surroundings(device: str, jobs: int, compiles: bool) -> Surroundings:
-    """Describe what results are made with."""
-    found = machine(device)
-    here = {name: found[name] for name in _MACHINE}
-    return Surroundings({"compiled": compiles, "jobs": jobs}, here, software_versions(_SOFTWARE), commit())
-
-
-@contextmanager
-def stopping(processes: Processes, minutes: float | None) -> Iterator[Processes]:
-    """Have processes stopped after some minutes, and by Ctrl-C and SIGTERM, which then end the program."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        threading.Thread(target=processes.stop).start()  # it may have to wait for what was interrupted here
-
-    timer = threading.Timer(60 * (minutes or 0), processes.stop)
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    if minutes:
-        timer.start()
-    try:
-        yield processes
-    finally:
-        timer.cancel()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
-        sys.exit(128 + received[0])
+    reproduction = Reproduction(**options)
+    wanted = reproduction.study.jobs(targets)
+    left = pending(wanted, reproduction.folder)
+    click.echo(f"{reproduction.scale}: {len(wanted) - len(left)} of {len(wanted)} runs are there.", err=True)
+    with stopping(Processes(), max_minutes) as processes:
+        return reproduction.run(left, processes, jobs)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from benchmarks.reproduce_results import Surroundings, read_result, result_of, s
 from benchmarks.reproduce_runs import Measurement, Run
 from benchmarks.reproduce_study import Job, Study
 
-Execute = Callable[[Sequence[str]], dict[str, Any]]
+Execute = Callable[[Sequence[str], str], dict[str, Any]]
 _DONE, _LEFT = "done", "left"
 
 
@@ -55,7 +55,7 @@ class Bench:
 
         Args:
             jobs: all of them pending.
-            execute: runs a command to its end, and returns its JSON.
+            execute: runs a command to its end, under a name, and returns its JSON.
             num_at_once: trainings side by side; measurements are alone.
 
         Returns:
@@ -101,7 +101,7 @@ class Bench:
         made = self._place.made_by(job.run)
         made.parent.mkdir(parents=True, exist_ok=True)
         click.echo(f"{_told(job)} …", err=True)
-        told = execute(self._place.command(job.run))
+        told = execute(self._place.command(job.run), job.run.name)
         result = result_of(job.run, told, made, self._surroundings)
         write_result(result_path(self._results, job), result)
         shutil.rmtree(made / "checkpoints", ignore_errors=True)  # a hundred runs have tens of gigabytes of them

@@ -1,11 +1,16 @@
 """Programs of the interpreter that run side by side, and can all be asked to stop at once."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
 
 
 class StoppedError(Exception):
@@ -15,30 +20,43 @@ class StoppedError(Exception):
 class Processes:
     """Runs programs; of several threads, if need be."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, logs: Path | None = None) -> None:
+        """Begin with none.
+
+        Args:
+            logs: folder of a log for each name, of all that programs say on their standard error; none: it is shown.
+        """
+        self._logs = logs
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self.stopped = False
 
-    def run(self, command: Sequence[str]) -> dict[str, Any]:
+    def run(self, command: Sequence[str], name: str) -> dict[str, Any]:
+        """Run a command of the interpreter that prints JSON, as `output` does, and return that."""
+        document: dict[str, Any] = json.loads(self.output(command, name))
+        return document
+
+    def output(self, command: Sequence[str], name: str) -> bytes:
         """Run a command of the interpreter to its end.
 
         Args:
-            command: without the interpreter; prints JSON, and keeps what it has on SIGTERM.
+            command: without the interpreter; keeps what it has on SIGTERM.
+            name: of its log.
 
         Returns:
-            Its JSON.
+            What it prints.
 
         Raises:
             StoppedError: `stop` was called, before it began or while it ran.
             subprocess.CalledProcessError: it failed, and has said why.
         """
-        with self._lock:
+        with self._log(name) as log, self._lock:
             if self.stopped:
                 raise StoppedError
             # In a session of its own Ctrl-C reaches it by way of `stop`, and once.
-            process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
             self._running.add(process)
         try:
             told, _ = process.communicate()
@@ -53,12 +71,44 @@ class Processes:
             raise StoppedError
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
-        document: dict[str, Any] = json.loads(told)
-        return document
+        return told
 
     def stop(self) -> None:
-        """Ask every program to stop, and begin no other."""
+        """Ask every program to stop, with all that it has begun itself, and begin no other."""
         with self._lock:
             self.stopped = True
             for process in self._running:
-                process.terminate()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+
+    @contextmanager
+    def _log(self, name: str) -> Iterator[IO[bytes] | None]:
+        if self._logs is None:
+            yield None
+            return
+        self._logs.mkdir(parents=True, exist_ok=True)
+        with (self._logs / f"{name}.log").open("ab") as log:  # what is gone on with has one
+            yield log
+
+
+@contextmanager
+def stopping(processes: Processes, minutes: float | None) -> Iterator[Processes]:
+    """Have processes stopped after some minutes, and by Ctrl-C and SIGTERM, which then end the program."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        threading.Thread(target=processes.stop).start()  # it may have to wait for what was interrupted here
+
+    timer = threading.Timer(60 * (minutes or 0), processes.stop)
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    if minutes:
+        timer.start()
+    try:
+        yield processes
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        sys.exit(128 + received[0])

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks import reproduce
+from benchmarks import reproduce, reproduce_plan
 from benchmarks import reproduce_paper as paper
 from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_commands import Place
-from benchmarks.reproduce_processes import Processes, StoppedError
+from benchmarks.reproduce_processes import Processes, StoppedError, stopping
 from benchmarks.reproduce_results import read_results
 from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
 from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
@@ -24,13 +25,13 @@ from pipeline.errors import PipelineError
 from tests.benchmarks.made_results import Programs
 
 TRIAL = SCALES["trial"]
-TEACHERS_AT_HAND = reproduce.teachers_at_hand
+TEACHERS_AT_HAND = reproduce_plan.teachers_at_hand
 
 
 @pytest.fixture(autouse=True)
 def _nothing_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "dataset", lambda work, scale: tmp_path / "data")
-    monkeypatch.setattr(reproduce, "teachers_at_hand", lambda folder: {KNOWN: tmp_path / KNOWN})
+    monkeypatch.setattr(reproduce_plan, "dataset", lambda work, scale: tmp_path / "data")
+    monkeypatch.setattr(reproduce_plan, "teachers_at_hand", lambda folder: {KNOWN: tmp_path / KNOWN})
     monkeypatch.setenv("CLIP_EMBED_KD_CACHE", str(tmp_path / "cache"))
 
 
@@ -173,7 +174,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_without_a_teacher_accuracies_are_not_run_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reproduce, "teachers_at_hand", lambda folder: {})
+    monkeypatch.setattr(reproduce_plan, "teachers_at_hand", lambda folder: {})
     programs = Programs()
     said = call(tmp_path, programs, monkeypatch, "all")
     assert said.exit_code == 0
@@ -299,10 +300,37 @@ def test_every_training_from_an_artifact_is_one_that_distill_takes(scale: str, t
 
 def test_a_process_prints_json_or_says_that_it_failed() -> None:
     processes = Processes()
-    assert processes.run(["-c", "print('{\"a\": 1}')"]) == {"a": 1}
+    assert processes.run(["-c", "print('{\"a\": 1}')"], "one") == {"a": 1}
     with pytest.raises(subprocess.CalledProcessError) as error:
-        processes.run(["-c", "raise SystemExit(3)"])
+        processes.run(["-c", "raise SystemExit(3)"], "one")
     assert error.value.returncode == 3
+
+
+def test_what_processes_say_is_logged_by_name_and_goes_on(tmp_path: Path) -> None:
+    processes = Processes(tmp_path / "logs")
+    for said in ("once", "again"):
+        program = f"import sys; print('{said}', file=sys.stderr); print('{{}}')"
+        assert processes.run(["-c", program], "one") == {}
+    assert (tmp_path / "logs" / "one.log").read_text() == "once\nagain\n"
+
+
+def test_what_a_process_began_is_stopped_with_it(tmp_path: Path) -> None:
+    processes, ready = Processes(), tmp_path / "ready"
+    child = f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
+    program = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
+
+    def stop() -> None:
+        while not ready.exists():
+            pass
+        processes.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(StoppedError):  # not before the child, which holds the pipe, is gone
+        processes.run(["-c", program], "one")
+    thread.join()
+    assert time.monotonic() - start < 50
 
 
 def test_processes_are_stopped_and_none_begins_after_it(tmp_path: Path) -> None:
@@ -317,16 +345,16 @@ def test_processes_are_stopped_and_none_begins_after_it(tmp_path: Path) -> None:
     thread = threading.Thread(target=stop)
     thread.start()
     with pytest.raises(StoppedError):
-        processes.run(["-c", program])
+        processes.run(["-c", program], "one")
     thread.join()
     with pytest.raises(StoppedError):
-        processes.run(["-c", "print('{}')"])
+        processes.run(["-c", "print('{}')"], "other")
 
 
 def test_time_stops_processes_and_signals_end_the_program() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with reproduce.stopping(Processes(), 1e-6) as processes, pytest.raises(StoppedError):
-        processes.run(["-c", "import time; time.sleep(60)"])
+    with stopping(Processes(), 1e-6) as processes, pytest.raises(StoppedError):
+        processes.run(["-c", "import time; time.sleep(60)"], "one")
     with pytest.raises(SystemExit) as exit_:
         be_terminated()
     assert exit_.value.code == 143
@@ -334,7 +362,7 @@ def test_time_stops_processes_and_signals_end_the_program() -> None:
 
 
 def be_terminated() -> None:
-    with reproduce.stopping(Processes(), None) as processes:
+    with stopping(Processes(), None) as processes:
         signal.raise_signal(signal.SIGTERM)
         while not processes.stopped:
             pass

@@ -1,0 +1,53 @@
+"""The runs of all targets in the order of their worth, for a machine that is lent by the minute.
+
+How good a student the artifact makes comes before the paper's tables, and one seed of everything before more seeds.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from benchmarks.reproduce_runs import TUNED, Measurement, Run, Training
+from benchmarks.reproduce_study import TARGETS, Job, Study
+
+SPEED = "speed and memory"
+
+
+class Stage(NamedTuple):
+    """Jobs of like worth; `is_alone`: one after another, since their speed is looked at."""
+
+    name: str
+    jobs: list[Job]
+    is_alone: bool
+
+
+def stages(study: Study) -> list[Stage]:
+    """Return all jobs of a study, each once, first things first.
+
+    Args:
+        study: which runs there are.
+    """
+    left = {job.run: job for job in study.jobs(TARGETS)}
+    first = replace(study, seeds=1).planned()
+    every = [run for runs in first.values() for run in runs]
+    paper = _kinds(first["kinds"], "paper", is_tuned=False)
+    tuned = _kinds(first["kinds"], "strong", is_tuned=True)
+    groups: dict[str, list[Run]] = {
+        "recipe paper, α₂ 0.5 and 0": paper,
+        "recipe strong, fine-tuned teacher, class embeddings": [run for run in tuned if run.method == "embed"],
+        "recipe strong, fine-tuned teacher, samples and views": [run for run in tuned if run.method != "embed"],
+        "recipe strong, the teacher as it is, and none": _kinds(first["kinds"], "strong", is_tuned=False),
+        "figure 3": first["fig3"],
+        SPEED: [run for run in every if isinstance(run, Measurement)],
+        "all else, one seed": every,
+        "more seeds": list(left),
+    }
+    # Each run has its place in the first group that has it.
+    made = {name: [left.pop(run) for run in runs if run in left] for name, runs in groups.items()}
+    return [Stage(name, jobs, is_alone=place == 0) for place, (name, jobs) in enumerate(made.items())]
+
+
+def _kinds(runs: list[Run], recipe: str, *, is_tuned: bool) -> list[Training]:
+    """Choose trainings, those that learn from a teacher first."""
+    trainings = [run for run in runs if isinstance(run, Training) and run.recipe == recipe]
+    found = [run for run in trainings if (run.teacher or "").endswith(TUNED) == is_tuned]
+    return sorted(found, key=lambda run: run.teacher is None)
