@@ -767,9 +767,15 @@ def _terminated(number: int, frame: Any) -> NoReturn:
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of the options what is laid over the recipe."""
     from pipeline.distill.recipe import parse_overrides
+    from pipeline.errors import PipelineError
 
     short = {name: options.pop(name) for name in ("alpha2", "epochs", "batch_size", "learning_rate")}
-    return parse_overrides(options.pop("changes")) | {name: value for name, value in short.items() if value is not None}
+    given = {name: value for name, value in short.items() if value is not None}
+    changes = parse_overrides(options.pop("changes"))
+    for name in given:
+        if name in changes:
+            raise PipelineError(f"--set {name}: is given twice, for there is an option of its own too.")
+    return changes | given
 
 
 def _data_settings(options: dict[str, Any]) -> Any:

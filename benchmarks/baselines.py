@@ -98,15 +98,15 @@ def train_baseline(settings: DistillSettings, name: str, teacher_name: str | Non
         StoreError: the artifact is missing, damaged or not one.
     """
     keep_freed_memory()
-    recipe = load_recipe(settings.recipe, settings.overrides)
+    recipe, compute = load_recipe(settings.recipe, settings.overrides), compute_for(settings)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
     with ExitStack() as stack:
         artifact = stack.enter_context(open_artifact(settings.artifact))
-        told = told_of_run(settings, recipe, artifact)
+        told = told_of_run(settings, recipe, artifact, compute)
         told["settings"] |= {"method": name, "target": METHODS[name].target}
         stack.enter_context(directory.claim(told))
         teacher = None if teacher_name is None else load_live_teacher(teacher_name, artifact, settings)
-        prepared = prepare(settings, recipe, compute_for(settings), artifact)
+        prepared = prepare(settings, recipe, compute, artifact)
         trainer, batches = arrange(prepared, name, teacher)
         with directory.open(found_for_run(prepared), trainer):
             # Once, after the last epoch.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.data import DataSettings
 from pipeline.distill.attention import leave_unused_tokens_out, use_coarse_dropout, use_explicit_attention
+from pipeline.distill.augment import send
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.preparation import Prepared, compute_for, prepare
@@ -90,12 +91,12 @@ def released_step(prepared: Prepared) -> Step:
     """Return a step with the arithmetic of the code that was released with the paper; the words are ours.
 
     Eager float32 and PyTorch's fused attention. The classifier's output passes a softmax before cross-entropy takes
-    another, cross-entropy has weight 1, L_class 0.5 without a temperature, and AdamW goes weight by weight.
+    another, cross-entropy has weight 1, L_class 0.5 without a temperature, and AdamW is PyTorch's own default.
     """
     student, means = _new_student(prepared), prepared.trainer.method.class_embeddings
     projection = nn.Linear(means.shape[1], student.embed_dim).to(means.device)
     learned = [*student.parameters(), *projection.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.1, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, weight_decay=0.1)
 
     def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
         embeddings, logits = student(pixels)
@@ -141,9 +142,9 @@ def _flipped_batches(
     labels = torch.from_numpy(images.labels)
     while True:
         for chosen in torch.split(torch.randperm(len(images)), batch_size):
-            mirrored = (torch.rand(len(chosen), 1, 1, 1) < 0.5).to(device)
+            mirrored = send(torch.rand(len(chosen), 1, 1, 1) < 0.5, device)
             if held is None:
                 pixels = torch.from_numpy(images.pixels[images.places[chosen.numpy()], 0])
             else:
-                pixels = held[chosen.to(device)]
-            yield torch.where(mirrored, pixels.flip(2), pixels), labels[chosen].to(device)
+                pixels = held[send(chosen, device)]
+            yield torch.where(mirrored, pixels.flip(2), pixels), send(labels[chosen], device)

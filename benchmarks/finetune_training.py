@@ -82,7 +82,7 @@ class FineTuning:
             with StopRequest("a checkpoint", (signal.SIGINT, signal.SIGTERM)) as stop:
                 self._run_steps(lambda: stop.requested or _is_late(deadline))
                 checkpoints.save(self)
-                stop.obey()
+            stop.obey()
             late = _is_late(deadline)
         return self.progress.epoch > self.recipe.epochs
 
@@ -187,8 +187,7 @@ class FineTuning:
         """Go on with the epoch in hand, to its end or until there is a reason to stop."""
         start, epoch = time.monotonic(), self.progress.epoch
         batches = self.images.batches(self.recipe.batch_size, self.recipe.seed, epoch, self.progress.steps_done)
-        with ProgressBar(f"epoch {epoch}", len(self.images)) as bar:
-            bar.advance(self.progress.epoch_images)
+        with ProgressBar(f"epoch {epoch}", len(self.images), done=self.progress.epoch_images) as bar:
             for chosen, generator in batches:
                 self.step(chosen, generator)
                 bar.advance(len(chosen))

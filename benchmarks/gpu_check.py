@@ -1,10 +1,10 @@
 """Whether a machine can run the suite: everything that is missing, said at once and before anything is run."""
 
-import importlib.metadata
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,12 +15,12 @@ from benchmarks.reproduce_bench import commit
 from benchmarks.reproduce_plan import Reproduction, teachers_at_hand
 from pipeline.data import DataSettings, load_labelled
 from pipeline.errors import PipelineError
-from pipeline.runtime import resolve_device, resolve_precision
+from pipeline.runtime import resolve_device, resolve_precision, software_versions
 
 NUM_IMAGES = {"train": 50_000, "test": 10_000}
 NUM_CLASSES = 100
-GPU_BYTES_A_JOB, DISK_BYTES = 6e9, 20e9  # of the largest students; of everything that a call may leave
-PACKAGES = ("torch", "torchvision", "transformers", "timm", "datasets", "safetensors", "h5py", "pydantic", "filelock")
+GPU_BYTES_A_JOB = 6e9  # of the largest students
+DISK_BYTES, SHARED_BYTES = 20e9, 4e9  # of all that is left behind; of batches between processes
 
 
 class Fact(NamedTuple):
@@ -53,24 +53,21 @@ def check_machine(reproduction: Reproduction, num_at_once: int) -> list[str]:
 
 def _facts(reproduction: Reproduction, num_at_once: int) -> Iterator[Fact]:
     yield Fact("program", f"commit {commit() or 'unknown: no repository here'}, Python {sys.version.split()[0]}")
-    yield from _packages()
+    versions = software_versions(("torch", "torchvision", "timm", "transformers", "datasets", "h5py"))
+    yield Fact("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python"))
     yield from _device(reproduction.device, num_at_once)
     yield Fact("processor", f"{len(os.sched_getaffinity(0))} cores")
-    free = shutil.disk_usage(reproduction.results.parent).free
-    wanted = 0 if reproduction.scale == "trial" else DISK_BYTES
-    yield Fact("disk", f"{free / 1e9:.0f} GB free", "" if free >= wanted else f"{wanted / 1e9:.0f} GB are needed.")
+    is_trial = reproduction.scale == "trial"
+    yield _room("disk", reproduction.results.parent, 0 if is_trial else DISK_BYTES)
+    yield _room("shm", Path("/dev/shm"), 0 if is_trial else SHARED_BYTES)
     yield from (_split(name, number) for name, number in NUM_IMAGES.items())
     yield _teachers(reproduction)
 
 
-def _packages() -> Iterator[Fact]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Fact("packages", "", f"{name} is not installed.")
-    yield Fact("packages", ", ".join(f"{name} {version}" for name, version in found.items()))
+def _room(name: str, folder: Path, wanted: float) -> Fact:
+    free = shutil.disk_usage(folder).free
+    problem = "" if free >= wanted else f"{free / 1e9:.1f} GB free, {wanted / 1e9:.0f} are needed."
+    return Fact(name, f"{free / 1e9:.1f} GB free", problem)
 
 
 def _device(name: str, num_at_once: int) -> Iterator[Fact]:

@@ -1,6 +1,6 @@
 """Run everything that wants a GPU, first things first, in calls of a few minutes: the same command goes on.
 
-    python benchmarks/gpu_suite.py --out OUT [--max-minutes 8] [--jobs 4]     # again and again, until nothing is left
+    python benchmarks/gpu_suite.py --out OUT [--max-minutes 8] [--jobs 2]     # again and again, until nothing is left
 
 It looks at the machine, the data and the teacher first, and says all that is missing at once. No network is needed:
 CIFAR-100 as parquet (`data/cifar100`) and a teacher (`teachers/vit_tiny_patch16_224`) lie in ../shared;
@@ -19,45 +19,38 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import benchmarks.gpu_packages  # noqa: F401 (says what is missing)
 from benchmarks.extract_setup import ROOT
 from benchmarks.gpu_check import check_machine
 from benchmarks.reproduce_bench import pending
 from benchmarks.reproduce_plan import Reproduction
 from benchmarks.reproduce_processes import Processes, StoppedError, stopping
 from benchmarks.reproduce_runs import SCALES
-from benchmarks.reproduce_worth import SPEED, stages
+from benchmarks.reproduce_worth import SPEED, STAGES, Stage, stages
 from pipeline.errors import PipelineError
 
 MOST_ARTIFACT_BYTES = 2_000_000
-# Program and measure: each takes minutes, and begins anew where it was stopped. How long all epochs of recipe `paper`
-# take stands in the results of the first stage.
+# Program, measure, rounds. Each takes minutes, and begins anew where it was stopped.
 SPEEDS = (
-    ("distill", "step"),
-    ("distill", "released"),
-    ("distill", "feed"),
-    ("distill", "profile"),
-    ("extract", "forward"),
-    ("extract", "pipeline"),
+    ("distill", "step", 7),
+    ("distill", "released", 7),
+    ("distill", "feed", 7),
+    ("distill", "epochs", 7),
+    ("extract", "forward", 4),
+    ("extract", "pipeline", 4),
+    ("distill", "profile", 7),
 )
-
-
-class Progress(NamedTuple):
-    """What became of a call: which runs failed, and how many are left."""
-
-    failed: list[str]
-    num_left: int
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="folder for everything")
 @click.option("--max-minutes", type=click.FloatRange(0, min_open=True), default=8, show_default=True, help="of a call")
-@click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="trainings side by side")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="trainings side by side")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="runs of each training")
 @click.option("--scale", type=click.Choice(list(SCALES)), default="full", show_default=True, help="how much is trained")
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu for a trial")
@@ -69,84 +62,120 @@ class Progress(NamedTuple):
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="folder of the paper's teachers: vit-base-patch16-224-in21k, …",
 )
+@click.option("--stage", "wanted", multiple=True, type=click.Choice(STAGES), default=STAGES, help="these only")
 @click.option("--check", "only_check", is_flag=True, help="look at the machine, and run nothing")
-def main(out: Path, only_check: bool, jobs: int, max_minutes: float, **options: object) -> None:
-    """Run the suite for some minutes, and say what is left."""
+def main(out: Path, only_check: bool, jobs: int, max_minutes: float, wanted: Sequence[str], **options: object) -> None:
+    """Run the suite for some minutes, and say what is left.
+
+    Stages: recipe paper; students by recipe strong, and figure 3; speed and memory; the rest of one seed; more seeds.
+    """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     reproduction = Reproduction(work=out / "work", results=out / "results", **options)  # type: ignore[arg-type]
+    suite = Suite(reproduction, Processes(out / "logs"), out, jobs)
     try:
-        for line in check_machine(reproduction, jobs):
-            click.echo(line, err=True)
-        if only_check:
-            return
-        with stopping(Processes(out / "logs"), max_minutes) as processes:
-            try:
-                progress = run_suite(reproduction, processes, jobs)
-            finally:
-                bundle(out)
+        with stopping(suite.processes, max_minutes):
+            for line in check_machine(reproduction, jobs):
+                click.echo(line, err=True)
+            if only_check:
+                return
+            suite.run(wanted)
     except PipelineError as error:
         raise click.ClickException(str(error)) from None
-    for text in progress.failed:
+    for text in suite.failed:
         click.echo(f"failed: {text}", err=True)
-    left = f"{progress.num_left} are left. The same command goes on." if progress.num_left else "Nothing is left."
+    left = f"{suite.num_left} are left. The same command goes on." if suite.num_left else "Nothing is left."
     click.echo(f"{left} {out / 'suite.tar.gz'}", err=True)
-    sys.exit(1 if progress.failed else 0)
+    sys.exit(1 if suite.failed else 0)
 
 
-def run_suite(reproduction: Reproduction, processes: Processes, num_at_once: int) -> Progress:
-    """Run what is not there yet, stage by stage, until all is or the processes are stopped.
+class Suite:
+    """All stages, in a folder; `failed` and `num_left` say what became of them."""
 
-    Args:
-        reproduction: what there is to run.
-        processes: where it runs.
-        num_at_once: trainings side by side.
+    def __init__(self, reproduction: Reproduction, processes: Processes, out: Path, num_at_once: int) -> None:
+        """Bring together what is needed; nothing is looked at.
 
-    Returns:
-        What became of it.
+        Args:
+            reproduction: what there is to run.
+            processes: where it runs.
+            out: the folder of the suite.
+            num_at_once: trainings side by side.
+        """
+        self.processes, self.failed, self.num_left = processes, list[str](), 0
+        self._reproduction, self._out, self._num_at_once = reproduction, out, num_at_once
 
-    Raises:
-        PipelineError: the data is absent, or a file among the results is none.
-    """
-    failed: list[str] = []
-    num_left = 0
-    for stage in stages(reproduction.study):
-        left = pending(stage.jobs, reproduction.folder)
-        click.echo(f"{stage.name}: {len(stage.jobs) - len(left)} of {len(stage.jobs)} runs are there.", err=True)
-        outcome = reproduction.run(left, processes, 1 if stage.is_alone else num_at_once)
-        failed += outcome.failed
-        num_left += outcome.num_left
-        if stage.name == SPEED:
-            num_left += measure_speeds(reproduction, processes)
-    return Progress(failed, num_left)
+    def run(self, wanted: Sequence[str]) -> None:
+        """Run what is not there yet, stage by stage, until all is or the processes are stopped.
 
+        Args:
+            wanted: names of stages.
 
-def measure_speeds(reproduction: Reproduction, processes: Processes) -> int:
-    """Measure the speeds that are not known yet.
-
-    A target that is missed is a figure like any other; a program that fails says so in its log, and in its figures.
-
-    Args:
-        reproduction: says where, and on what device.
-        processes: where it runs.
-
-    Returns:
-        How many are not known yet, since all were stopped.
-    """
-    left = [speed for speed in SPEEDS if speed[1] not in _known(reproduction, speed[0])]
-    for place, (program, measure) in enumerate(left):
-        trial = ["--trial"] if reproduction.scale == "trial" else []
-        options = ["--work", str(_speed_folder(reproduction, program)), "--device", reproduction.device]
-        limits = {"distill": trial, "extract": ["--images", "64", "--pairs", "1"] if trial else []}[program]
-        command = [str(ROOT / "benchmarks" / f"{program}.py"), *options, "--only", measure, *limits]
-        click.echo(f"{program}.py, {measure} …", err=True)
+        Raises:
+            PipelineError: the data is absent, or a file among the results is none.
+        """
+        waiting = set((self._out / "speed").glob("*/*.unfinished"))
         try:
-            processes.output(command, f"{program}-{measure}")
-        except subprocess.CalledProcessError as error:
-            click.echo(f"{program}.py, {measure}: exit status {error.returncode}", err=True)
-        except StoppedError:
-            return len(left) - place
-    return 0
+            for stage in stages(self._reproduction.study):
+                if stage.name in wanted:
+                    self._run_stage(stage)
+                if stage.name == SPEED and SPEED in wanted:
+                    self._measure_speeds([speed for speed in SPEEDS if self._marker(*speed[:2]) not in waiting])
+                bundle(self._out)
+            if SPEED in wanted:  # those that were stopped or failed in earlier calls wait until all else is done
+                self._measure_speeds([speed for speed in SPEEDS if self._marker(*speed[:2]) in waiting])
+        finally:
+            bundle(self._out)
+
+    def _run_stage(self, stage: Stage) -> None:
+        left = pending(stage.jobs, self._reproduction.folder)
+        click.echo(f"{stage.name}: {len(stage.jobs) - len(left)} of {len(stage.jobs)} runs are there.", err=True)
+        outcome = self._reproduction.run(left, self.processes, 1 if stage.is_alone else self._num_at_once)
+        self.failed += outcome.failed
+        self.num_left += outcome.num_left
+
+    def _measure_speeds(self, speeds: Sequence[tuple[str, str, int]]) -> None:
+        """Measure speeds that are not known yet. A target that is missed is a figure like any other."""
+        for program, measure, rounds in speeds:
+            marker = self._marker(program, measure)
+            if self._knows(program, measure):
+                continue
+            if self.processes.stopped:
+                self.num_left += 1
+                continue
+            click.echo(f"{program}.py, {measure} …", err=True)
+            try:
+                self.processes.output(self._command(program, measure, rounds), f"{program}-{measure}")
+            except subprocess.CalledProcessError as error:
+                click.echo(f"{program}.py, {measure}: exit status {error.returncode}", err=True)
+            except StoppedError:
+                pass
+            if self._knows(program, measure):
+                marker.unlink(missing_ok=True)
+                continue
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            if self.processes.stopped:
+                self.num_left += 1
+            else:
+                self.failed.append(f"{program}.py, {measure}")
+
+    def _command(self, program: str, measure: str, rounds: int) -> list[str]:
+        options = ["--work", str(self._folder(program)), "--device", self._reproduction.device, "--only", measure]
+        options += ["--pairs", str(rounds)]
+        if self._reproduction.scale == "trial":
+            options += {"distill": ["--trial"], "extract": ["--images", "64"]}[program]
+        return [str(ROOT / "benchmarks" / f"{program}.py"), *options]
+
+    def _knows(self, program: str, measure: str) -> bool:
+        path = self._folder(program) / f"{program}.json"
+        figures = json.loads(path.read_text("utf-8")).get(measure) if path.exists() else None
+        return figures is not None and not {"error", "exit status"} & set(figures)
+
+    def _marker(self, program: str, measure: str) -> Path:
+        return self._folder(program) / f"{measure}.unfinished"
+
+    def _folder(self, program: str) -> Path:
+        return self._out / "speed" / program
 
 
 def bundle(out: Path) -> None:
@@ -168,15 +197,6 @@ def _worth_keeping(out: Path) -> Iterator[Path]:
         yield from sorted((out / folder).glob(pattern))
     artifacts = sorted((out / "work").glob("*/artifacts/*.safetensors"))
     yield from (path for path in artifacts if path.stat().st_size < MOST_ARTIFACT_BYTES)
-
-
-def _known(reproduction: Reproduction, program: str) -> Sequence[str]:
-    path = _speed_folder(reproduction, program) / f"{program}.json"
-    return list(json.loads(path.read_text("utf-8"))) if path.exists() else []
-
-
-def _speed_folder(reproduction: Reproduction, program: str) -> Path:
-    return reproduction.results.parent / "speed" / program
 
 
 if __name__ == "__main__":

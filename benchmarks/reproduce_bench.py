@@ -3,12 +3,13 @@
 Each result is written as it comes; what was stopped goes on another time.
 """
 
+import os
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_commands import Place
 from benchmarks.reproduce_processes import StoppedError
 from benchmarks.reproduce_results import Surroundings, read_result, result_of, settings_of, write_result
-from benchmarks.reproduce_runs import Measurement, Run
+from benchmarks.reproduce_runs import Measurement, Run, Training
 from benchmarks.reproduce_study import Job, Study
 
 Execute = Callable[[Sequence[str], str], dict[str, Any]]
 _DONE, _LEFT = "done", "left"
+ALONE = {"compiled": False, "jobs": 1}  # conditions of all that is no training
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,7 @@ class Bench:
         if self._stopped:
             return _LEFT
         try:
-            with self._making:
-                for need in self._study.needs(job.run):
-                    self._make(need, execute)
+            self._provide(job, execute)
             self._run(job, execute)
         except StoppedError:
             self._stopped = True
@@ -84,7 +84,18 @@ class Bench:
             return f"{_told(job)}: {error} could not be made"
         except subprocess.CalledProcessError as error:  # the program has said why
             return f"{_told(job)}: exit status {error.returncode}"
+        except (OSError, ValueError, KeyError) as error:  # of what it printed or left; the others go on
+            return f"{_told(job)}: {type(error).__name__}: {error}"
         return _DONE
+
+    def _provide(self, job: Job, execute: Execute) -> None:
+        """Make what a job needs, unless it is there: an artifact needs no teacher any more."""
+        needs = self._study.needs(job.run)
+        if not needs or self._place.made_by(needs[-1].run).exists():
+            return
+        with self._making:
+            for need in needs:
+                self._make(need, execute)
 
     def _make(self, need: Job, execute: Execute) -> None:
         if need.run in self._broken:
@@ -102,7 +113,8 @@ class Bench:
         made.parent.mkdir(parents=True, exist_ok=True)
         click.echo(f"{_told(job)} …", err=True)
         told = execute(self._place.command(job.run), job.run.name)
-        result = result_of(job.run, told, made, self._surroundings)
+        around = self._surroundings if isinstance(job.run, Training) else replace(self._surroundings, conditions=ALONE)
+        result = result_of(job.run, told, made, around)
         write_result(result_path(self._results, job), result)
         shutil.rmtree(made / "checkpoints", ignore_errors=True)  # a hundred runs have tens of gigabytes of them
         accuracy = "" if result.accuracy is None else f": {result.accuracy:.2f} %"
@@ -137,14 +149,17 @@ def result_path(results: Path, job: Job) -> Path:
 
 
 def commit() -> str | None:
-    """Return the commit of the program, with a + where its files differ from it; none outside a repository."""
+    """Return the commit of the program, with a + where its files differ from it.
+
+    Outside a repository CLIP_EMBED_KD_COMMIT says it, or nothing does.
+    """
     git = ["git", "-C", str(ROOT)]
     try:
         found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         parts = ["cli.py", "store", "pipeline", "benchmarks/*.py"]
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *parts], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("CLIP_EMBED_KD_COMMIT")
     return found.stdout.strip() + ("+" if changed else "")
 
 

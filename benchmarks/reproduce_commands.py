@@ -33,8 +33,8 @@ _TARGETS = {
 class Place:
     """Where runs take place: a folder to work in, the data, folders of teachers by name, a device.
 
-    `usual` is the teacher whose artifact is taken where nothing is learned from a teacher. `compiles`: let `distill`
-    compile the step.
+    `usual` is the teacher whose artifact is taken where nothing is learned from a teacher. `compiles`: compile
+    the step of a student.
     """
 
     work: Path
@@ -75,7 +75,7 @@ class Place:
         every = -(-run.epochs // self.scale.evaluations)
         given = [str(ROOT / "cli.py"), "distill", *self._training(run), "--label-column", LABEL_COLUMN]
         given += ["--alpha2", str(run.alpha2), "--evaluate-every", str(every), *_TARGETS.get(run.method, ())]
-        return [*given, "--compile"] if self.compiles else given
+        return given
 
     def _train_live(self, run: Training) -> list[str]:
         teacher = str(self.teacher(run.teacher or self.usual))
@@ -97,6 +97,7 @@ class Place:
             "device": self.device,
         }
         given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        given += ["--compile"] if self.compiles else []
         return [*given, *_limit(run.images), "--resume", "--json"]
 
     def _extract(self, run: Extraction) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+GRACE_SECONDS = 45.0
+
 
 class StoppedError(Exception):
     """A program was stopped before its end, or not begun; what it keeps, it goes on from."""
@@ -20,13 +22,14 @@ class StoppedError(Exception):
 class Processes:
     """Runs programs; of several threads, if need be."""
 
-    def __init__(self, logs: Path | None = None) -> None:
+    def __init__(self, logs: Path | None = None, grace_seconds: float = GRACE_SECONDS) -> None:
         """Begin with none.
 
         Args:
             logs: folder of a log for each name, of all that programs say on their standard error; none: it is shown.
+            grace_seconds: from the moment that programs are asked to stop; then they are killed.
         """
-        self._logs = logs
+        self._logs, self._grace_seconds = logs, grace_seconds
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self.stopped = False
@@ -67,6 +70,8 @@ class Processes:
         finally:
             with self._lock:
                 self._running.discard(process)
+            if self.stopped:
+                _kill(process)  # what it has begun itself
         if process.returncode and self.stopped:
             raise StoppedError
         if process.returncode:
@@ -74,12 +79,19 @@ class Processes:
         return told
 
     def stop(self) -> None:
-        """Ask every program to stop, with all that it has begun itself, and begin no other."""
+        """Ask every program to stop, and begin no other; one that does not stop in time is killed.
+
+        A program is asked alone: what it has begun itself may be what it waits for before it stops. (PyTorch 2.11
+        waits without end for a process that compiles and was terminated,
+        https://github.com/pytorch/pytorch/pull/189290.)
+        """
         with self._lock:
-            self.stopped = True
-            for process in self._running:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
+            self.stopped, running = True, list(self._running)
+        for process in running:
+            process.terminate()
+        timer = threading.Timer(self._grace_seconds, lambda: [_kill(process) for process in running])
+        timer.daemon = True
+        timer.start()
 
     @contextmanager
     def _log(self, name: str) -> Iterator[IO[bytes] | None]:
@@ -89,6 +101,12 @@ class Processes:
         self._logs.mkdir(parents=True, exist_ok=True)
         with (self._logs / f"{name}.log").open("ab") as log:  # what is gone on with has one
             yield log
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill all that is left of a program's session."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

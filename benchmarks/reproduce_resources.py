@@ -7,7 +7,7 @@ from benchmarks.reproduce_results import Result, Results
 from benchmarks.reproduce_runs import NO_DEVICE, Measurement, Scale
 from benchmarks.reproduce_study import SIDES
 from benchmarks.reproduce_tables import NOTHING_SAID, Lines, megabytes, table
-from benchmarks.reproduce_verdicts import DEVICES, NOT_RUN
+from benchmarks.reproduce_verdicts import DEVICES, NOT_RUN, is_alike
 
 
 def sizes(results: Results, scale: Scale) -> Lines:
@@ -52,7 +52,7 @@ def resources(results: Results, scale: Scale, compared: Iterable[tuple[str, str,
             name = paper.TEACHERS[teacher]
             runs = [Measurement(side, name, scale.steps, device, student, image_size) for side in SIDES]
             found = [result for result in map(results.of, runs) if result is not None]
-            if len(found) == len(SIDES):
+            if len(found) == len(SIDES) and is_alike(found):
                 embed, live = (each.measured for each in found)
                 held = [megabytes(each["memory_bytes"]) for each in (embed, live)]
                 seconds = [f"{each['epoch_seconds']:,.0f}" for each in (embed, live)]

@@ -5,15 +5,19 @@
 Files say nothing of folders: they go into the repository. Tables are made from them alone.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from benchmarks.reproduce_runs import Extraction, Measurement, Run, Training
+from benchmarks.finetune_setup import FinetuneSettings
+from benchmarks.reproduce_runs import Extraction, FineTuning, Measurement, Run, Training
+from pipeline.distill.recipe import load_recipe
 from pipeline.errors import PipelineError, describe_problems, first_line
 from pipeline.output import write_atomically
 
@@ -23,6 +27,7 @@ _KEPT = (
     *("num_images", "seconds", "artifact_bytes", "memory", "ms_per_step", "epoch_seconds", "memory_bytes"),
     *("file_page_bytes", "weight_bytes", "weight_ratio", "sizes"),
 )
+_TUNING = ("batch_size", "learning_rate", "operations", "image_size")
 _MOST_LINES = 40  # of a curve
 
 
@@ -95,8 +100,13 @@ class Surroundings:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """Return everything that decides a run's result."""
-    return {"run": type(run).__name__.lower(), **asdict(run)}
+    """Return everything that decides a run's result: a recipe by its name and by what is in it."""
+    settings = {"run": type(run).__name__.lower(), **asdict(run)}
+    if isinstance(run, Training):
+        settings["recipe_sha256"] = _recipe_digest(run.recipe)
+    if isinstance(run, FineTuning):
+        settings |= {name: FinetuneSettings.model_fields[name].default for name in _TUNING}
+    return settings
 
 
 def result_of(run: Run, told: Mapping[str, Any], made: Path, surroundings: Surroundings) -> Result:
@@ -164,6 +174,12 @@ def write_result(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, text.encode())
+
+
+@cache
+def _recipe_digest(name: str) -> str:
+    told = json.dumps(load_recipe(name).model_dump(), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _accuracy(run: Run, told: Mapping[str, Any]) -> float | None:

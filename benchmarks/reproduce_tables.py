@@ -11,7 +11,7 @@ from benchmarks.distill_accuracy import spread
 from benchmarks.reproduce_results import Result, Results
 from benchmarks.reproduce_runs import LIVE, TUNED, Extraction, Scale, Training
 from benchmarks.reproduce_study import KINDS, KNOWN, RECIPES, SIZES
-from benchmarks.reproduce_verdicts import NOT_RUN, differences
+from benchmarks.reproduce_verdicts import NOT_RUN, differences, is_alike
 
 Lines = list[str]
 NOTHING_SAID = "–"  # the paper says nothing
@@ -180,7 +180,7 @@ def _costs(results: Results, training: Training, reference: Mapping[int, Result]
     ratios = [
         result.measured["images_per_second"] / reference[seed].measured["images_per_second"]
         for seed, result in found.items()
-        if seed in reference and _alike(result, reference[seed])
+        if seed in reference and is_alike([result, reference[seed]])
     ]
     memory = [result.memory_bytes for result in found.values() if result.memory_bytes]
     shares = [
@@ -194,7 +194,3 @@ def _costs(results: Results, training: Training, reference: Mapping[int, Result]
         megabytes(statistics.mean(memory)) if memory else NOT_RUN,
         f"{100 * statistics.mean(shares):.0f} %" if shares else NOTHING_SAID,
     ]
-
-
-def _alike(one: Result, other: Result) -> bool:
-    return (one.machine, one.conditions) == (other.machine, other.conditions)

@@ -70,13 +70,19 @@ def differences(one: Mapping[int, float], other: Mapping[int, float]) -> dict[in
 
 
 def measurements(results: Results, scale: Scale, *sides: Measurement) -> tuple[str, list[Result]] | None:
-    """Find measurements on one device: the first in `DEVICES` on which all are known."""
+    """Find measurements on one device: the first in `DEVICES` on which all are known, of one machine."""
     for device in DEVICES:
         each = [Measurement(m.method, m.teacher, scale.steps, device, m.student, m.image_size) for m in sides]
         found = [result for result in map(results.of, each) if result is not None]
-        if len(found) == len(sides):
+        if len(found) == len(sides) and is_alike(found):
             return device, found
     return None
+
+
+def is_alike(results: Sequence[Result]) -> bool:
+    """Tell whether speeds and memory may be compared: of one machine, under the same conditions."""
+    first = results[0]
+    return all((each.machine, each.conditions) == (first.machine, first.conditions) for each in results)
 
 
 def _judged(of_teachers: Mapping[str, Mapping[int, float]]) -> tuple[str, str]:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 from benchmarks.reproduce_runs import TUNED, Measurement, Run, Training
 from benchmarks.reproduce_study import TARGETS, Job, Study
 
-SPEED = "speed and memory"
+# Each stage by the name that the command has for it.
+PAPER, STUDENTS, SPEED, REST, SEEDS = "paper", "students", "speed", "rest", "seeds"
+STAGES = (PAPER, STUDENTS, SPEED, REST, SEEDS)
 
 
 class Stage(NamedTuple):
-    """Jobs of like worth; `is_alone`: one after another, since their speed is looked at."""
+    """Jobs in the order of their worth; `is_alone`: one after another, since their speed is looked at."""
 
     name: str
     jobs: list[Job]
@@ -29,21 +31,22 @@ def stages(study: Study) -> list[Stage]:
     left = {job.run: job for job in study.jobs(TARGETS)}
     first = replace(study, seeds=1).planned()
     every = [run for runs in first.values() for run in runs]
-    paper = _kinds(first["kinds"], "paper", is_tuned=False)
     tuned = _kinds(first["kinds"], "strong", is_tuned=True)
     groups: dict[str, list[Run]] = {
-        "recipe paper, α₂ 0.5 and 0": paper,
-        "recipe strong, fine-tuned teacher, class embeddings": [run for run in tuned if run.method == "embed"],
-        "recipe strong, fine-tuned teacher, samples and views": [run for run in tuned if run.method != "embed"],
-        "recipe strong, the teacher as it is, and none": _kinds(first["kinds"], "strong", is_tuned=False),
-        "figure 3": first["fig3"],
+        PAPER: _kinds(first["kinds"], "paper", is_tuned=False),
+        STUDENTS: [
+            *(run for run in tuned if run.method == "embed"),
+            *tuned,
+            *_kinds(first["kinds"], "strong", is_tuned=False),
+            *first["fig3"],
+        ],
         SPEED: [run for run in every if isinstance(run, Measurement)],
-        "all else, one seed": every,
-        "more seeds": list(left),
+        REST: every,
+        SEEDS: list(left),
     }
     # Each run has its place in the first group that has it.
-    made = {name: [left.pop(run) for run in runs if run in left] for name, runs in groups.items()}
-    return [Stage(name, jobs, is_alone=place == 0) for place, (name, jobs) in enumerate(made.items())]
+    made = {name: [left.pop(run) for run in dict.fromkeys(runs) if run in left] for name, runs in groups.items()}
+    return [Stage(name, jobs, is_alone=name == PAPER) for name, jobs in made.items()]
 
 
 def _kinds(runs: list[Run], recipe: str, *, is_tuned: bool) -> list[Training]:

@@ -22,16 +22,17 @@ def log_to_stderr() -> None:
 class ProgressBar:
     """Count items towards a total, with the rate and the time left. A context manager."""
 
-    def __init__(self, what: str, total: int, unit: str = "images") -> None:
+    def __init__(self, what: str, total: int, unit: str = "images", done: int = 0) -> None:
         """Prepare a bar; nothing is shown before `with`.
 
         Args:
             what: a short phrase, e.g. `embedding`.
             total: number of items, ≥ 1.
             unit: what is counted, in the plural.
+            done: items that an earlier run counted; they are not of this one's rate.
         """
         self._what, self._total, self._unit = what, total, unit
-        self._done = 0
+        self._done, self._before = done, done
         self._last_plain = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -44,7 +45,7 @@ class ProgressBar:
             disable=not _CONSOLE.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(what, total=total, rate="", note="")
+        self._task = self._bar.add_task(what, total=total, completed=done, rate="", note="")
 
     def __enter__(self) -> "ProgressBar":
         """Start the clock and show the bar."""
@@ -68,7 +69,7 @@ class ProgressBar:
         """
         self._done += count
         now = time.monotonic()
-        rate = self._done / max(now - self._start, 1e-9)
+        rate = (self._done - self._before) / max(now - self._start, 1e-9)
         self._bar.update(self._task, advance=count, rate=f"{rate:,.0f} {self._unit}/s", note=note)
         if not _CONSOLE.is_terminal and now - self._last_plain >= _PLAIN_SECONDS:
             self._last_plain = now

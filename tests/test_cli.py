@@ -349,6 +349,11 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             1,
             "--set epochs: is given twice.",
         ),
+        "a setting that is an option too": (
+            [*distill, "--set", "epochs=1", "--epochs", "2"],
+            1,
+            "--set epochs: is given twice, for there is an option of its own too.",
+        ),
         "a loss of samples without samples": (
             [*distill, "--set", "cosine_weight=1"],
             1,

@@ -91,7 +91,8 @@ class CoarseDropout(nn.Module):
             probability: of a value to become 0, 0 ≤ p < 1.
         """
         super().__init__()
-        self._threshold = round(probability * _LEVELS)
+        self.p = probability  # timm reads it where it takes another kind of attention
+        self._threshold = min(round(probability * _LEVELS), _LEVELS - 1)
 
     def forward(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Set some values to 0, and scale the others up so that the mean stays, in training mode only."""

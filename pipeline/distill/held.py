@@ -35,7 +35,7 @@ class Drawn:
 
 
 class Held:
-    """One thing of all images, e.g. their pixels; `lies_there` tells whether all of it lies on the device."""
+    """One thing of all images, e.g. their pixels."""
 
     def __init__(self, read: Read, num_images: int, device: torch.device) -> None:
         """Bring it to the device if it fits there.
@@ -55,11 +55,6 @@ class Held:
         for start in range(0, num_images, _BLOCK):
             block = read(np.arange(start, min(start + _BLOCK, num_images)), slice(None))
             self._all[start : start + len(block)] = torch.from_numpy(block).to(device)
-
-    @property
-    def lies_there(self) -> bool:
-        """Tell whether a batch is gathered on the device, and not sent there."""
-        return self._all is not None
 
     def take(self, drawn: Drawn) -> Shaped[Tensor, "batch ..."]:
         """Return a batch of it, on the device."""

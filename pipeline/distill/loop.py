@@ -79,7 +79,7 @@ class Trainer:
             compute: device, precision, seed, and how steps are cut and compiled.
         """
         torch.manual_seed(step_seed(compute.seed, 0, 0))  # not the one that the student's weights were drawn by
-        self._images_at_once = compute.micro_batch or recipe.batch_size
+        self._images_at_once = min(compute.micro_batch or recipe.batch_size, recipe.batch_size)
         with batch_must_fit(self._images_at_once, "the student", smallest=2, option="--micro-batch"):
             use_coarse_dropout(student.model, compute.device)
             leave_unused_tokens_out(student.model)

@@ -45,4 +45,4 @@ def step_seed(seed: int, epoch: int, step: int, purpose: int = 0) -> int:
         step: of the epoch, from 0.
         purpose: 0 for the batch, 1 for what the student drops.
     """
-    return int(np.random.SeedSequence([seed, epoch, step, purpose]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, epoch, step, purpose]).generate_state(1, np.uint64)[0]) >> 1

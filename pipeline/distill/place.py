@@ -73,16 +73,21 @@ class Place:
 
     def _lock(self, stack: ExitStack) -> None:
         taken = f"{self.path}: another process trains there. Wait for it, or choose another --out."
-        for folder in dict.fromkeys((self.path, self.work)):
+        locked: list[Path] = []
+        for folder in (self.path, self.work, self.path):  # which may have appeared meanwhile
             if folder == self.work:
                 folder.mkdir(exist_ok=True)
-            elif not folder.exists():
+            elif locked and self._aside.exists() and not folder.exists():
+                self._aside.rename(folder)  # what was replacing it was killed before it stood there itself
+            if folder in locked or not folder.exists():
                 continue
             lock = FolderLock(folder, taken)
             lock.take()
+            locked.append(folder)
             stack.callback(lock.release)
             stack.callback((self.path / LOCK_NAME).unlink, missing_ok=True)
-        stack.callback(self._drop_unpublished)
+            if folder == self.work:
+                stack.callback(self._drop_unpublished)
         self._check_free()  # another process may have finished there just now
 
     def _drop_unpublished(self) -> None:

@@ -45,6 +45,7 @@ class Plan:
     saving_seconds: float
     epochs: int
     memory_bytes: int
+    image_bytes: int
     device_memory_bytes: int
     run_bytes: int
     suggestions: tuple[str, ...] = ()
@@ -83,7 +84,8 @@ class Plan:
             ("step", f"{step}, {100 * self.feed_share:.1f} % of it waiting for data"),
             ("epoch", epoch),
             ("in all", f"{duration(self.seconds)} for {self.epochs:,} epochs"),
-            ("memory", f"{size(self.memory_bytes)} at the peak, libraries and images included"),
+            ("memory", f"{size(self.memory_bytes)} at the peak, libraries included"),
+            ("images", f"{size(self.image_bytes)}, mapped from the cache: beside it in memory as far as there is room"),
         ]
         if self.device_memory_bytes:
             rows.append(("GPU", f"{size(self.device_memory_bytes)} at the peak"))
@@ -118,7 +120,7 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
             # What is compiled is compiled for its own micro-batch, once.
             held_by_fewer = None if settings.compile else _warm(fewer, prepared)
             held = _warm(micro_batch, prepared)
-            image_bytes = None if held_by_fewer is None else max(held - held_by_fewer, 0) / max(micro_batch - fewer, 1)
+            bytes_each = None if held_by_fewer is None else max(held - held_by_fewer, 0) / max(micro_batch - fewer, 1)
             bar.advance(1)
             image_seconds, feed_share = _image_seconds(prepared, _MIN_SECONDS)
             bar.advance(1)
@@ -138,11 +140,12 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
             evaluation_seconds=evaluation_seconds / settings.evaluate_every,
             saving_seconds=saving_seconds,
             epochs=recipe.epochs,
-            memory_bytes=memory.resident_bytes + _unread_bytes(prepared),
+            memory_bytes=memory.resident_bytes,
+            image_bytes=_image_bytes(prepared),
             device_memory_bytes=memory.device_bytes,
             run_bytes=run_bytes,
         )
-        suggestions = [] if ram_bytes is None else _for_memory(found, image_bytes, ram_bytes)
+        suggestions = [] if ram_bytes is None else _for_memory(found, bytes_each, ram_bytes)
         suggestions += [] if hours is None else _for_time(found, prepared, settings, hours)
         return replace(found, suggestions=tuple(suggestions))
 
@@ -176,8 +179,8 @@ def _image_seconds(prepared: Prepared, min_seconds: float) -> tuple[float, float
     raise AssertionError("the batches have no end")
 
 
-def _unread_bytes(prepared: Prepared) -> int:
-    """Return the bytes of images that a run reads and a few steps do not: they are mapped into memory."""
+def _image_bytes(prepared: Prepared) -> int:
+    """Return the bytes of all images. A run maps them: what memory there is holds them, and they need none."""
     parts = (prepared.images.train, prepared.images.evaluation)
     return sum(images.pixels.nbytes for images in {id(each.pixels): each for each in parts}.values())
 
@@ -200,23 +203,23 @@ def _try_saving(trainer: Trainer, out: Path) -> tuple[float, int]:
             sizes = {path.parent.name: path.stat().st_size for path in Path(folder).rglob("*.safetensors")}
     except OSError as error:
         raise PipelineError(
-            f"{out.absolute().parent}: cannot be written ({error.strerror}). Choose another --out."
+            f"{out.absolute().parent}: cannot be written ({error.strerror or error}). Choose another --out."
         ) from None
     student = sizes.pop("student")
     return seconds, 3 * sum(sizes.values()) + 2 * student  # while the third checkpoint is written
 
 
-def _for_memory(found: Plan, image_bytes: float | None, ram_bytes: int) -> list[str]:
+def _for_memory(found: Plan, bytes_each: float | None, ram_bytes: int) -> list[str]:
     """Suggest the largest micro-batch, a half of a half … of the batch, that fits."""
     held = found.device_memory_bytes or found.memory_bytes
     if held <= ram_bytes:
         return []
-    if image_bytes is None:
+    if bytes_each is None:
         return ["--micro-batch: see what `plan --no-compile` says"]
     micro_batch = found.micro_batch
-    while micro_batch > _SMALLEST_MICRO_BATCH and held - (found.micro_batch - micro_batch) * image_bytes > ram_bytes:
+    while micro_batch > _SMALLEST_MICRO_BATCH and held - (found.micro_batch - micro_batch) * bytes_each > ram_bytes:
         micro_batch = max(micro_batch // 2, _SMALLEST_MICRO_BATCH)
-    needed = held - (found.micro_batch - micro_batch) * image_bytes
+    needed = held - (found.micro_batch - micro_batch) * bytes_each
     if needed > ram_bytes:
         return [f"a smaller student: with --micro-batch {micro_batch} this one still takes about {size(needed)}"]
     return [f"--micro-batch {micro_batch}: about {size(needed)}"]

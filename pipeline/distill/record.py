@@ -34,7 +34,9 @@ _SOFTWARE = ("torch", "torchvision", "timm", "datasets", "numpy", "pillow", "saf
 _SCALAR_GROUPS = {"top1": "evaluation", "top5": "evaluation", "epoch": None, "step": None}
 # What a resumed run must share with the run before it: these parts of the record …
 _SHARED = ("settings", "recipe", "artifact", "data", "compute")
-# … without what only leads to something that another entry tells in full, or by its digest, or what changes last bits.
+# … without what only leads to something that another entry tells in full, or by its digest, or what changes last bits
+# and what is dropped at random.
+_OF_STUDENT = ("result", "outcome")  # the parts of the record that are of the last student
 _LAST_BITS = ("micro_batch", "compile")
 _NAMES = (
     *(("settings", name) for name in ("recipe", "overrides", "data", "eval_split", *_LAST_BITS)),
@@ -119,7 +121,11 @@ class RunDirectory:
         self._scalars.flush()
 
     def save_student(self, trainer: Trainer) -> None:
-        """Keep the student as it is now."""
+        """Keep the student as it is now; what an earlier end of the run said of another one goes."""
+        if any(self._record.pop(name, None) for name in _OF_STUDENT):
+            self._write_record()
+            for page in (self.path / "student" / "README.md", self.path / "report.html"):
+                page.unlink(missing_ok=True)
         save_student(trainer.kept, self._place.work / "student")
         self._publish()
 
@@ -152,7 +158,10 @@ class RunDirectory:
         """Compare what is known of the run so far with its older part."""
         now = json.loads(json.dumps(self._record))
         parts = [part for part in _SHARED if part in now]
-        if differing := describe_differences(_shared(self._before, parts), _shared(now, parts)):
+        before = _shared(self._before, parts)
+        if "compute" in now:  # of which the device is known first
+            before["compute"] = {name: before["compute"].get(name) for name in now["compute"]}
+        if differing := describe_differences(before, _shared(now, parts)):
             raise PipelineError(
                 f"{self.path}: is a run of other settings: {'; '.join(differing)}. Pass the same, or another --out."
             )
@@ -162,9 +171,13 @@ class RunDirectory:
         if _circumstances(self._before) != _circumstances(now):
             LOGGER.info(
                 "The run was begun with other software, on another machine, or with another --micro-batch or "
-                "--compile: its last bits may differ."
+                "--compile: its last bits may differ, and with the latter two what is dropped at random."
             )
         self._checkpoints.restore(trainer)
+        for folder in (self.path, self.path / "student"):  # what was being written when the run was killed
+            for left in folder.glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+        self._record |= {name: self._before[name] for name in _OF_STUDENT if name in self._before}
         self._cut_metrics(trainer.progress.epoch)
         # The epoch that ends here, or went on from here, may be noted at this very step: it is noted again.
         self._open_scalars(purge_step=trainer.progress.num_steps)

@@ -14,7 +14,7 @@ from pipeline.distill.alignment import measure_alignment
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.evaluate import Evaluation
 from pipeline.distill.images import DecodedImages
-from pipeline.distill.loop import Trainer
+from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.model_card import write_model_card
 from pipeline.distill.outcome import mistaken_images, outcome_of
 from pipeline.distill.preparation import Prepared, compute_for, prepare
@@ -73,7 +73,10 @@ def distill(settings: DistillSettings) -> DistillResult:
     recipe = settings.resolved_recipe()
     compute = compute_for(settings)
     directory = RunDirectory(settings.out, overwrite=settings.overwrite, resume=settings.resume)
-    with open_artifact(settings.artifact) as artifact, directory.claim(told_of_run(settings, recipe, artifact)):
+    with (
+        open_artifact(settings.artifact) as artifact,
+        directory.claim(told_of_run(settings, recipe, artifact, compute)),
+    ):
         prepared = prepare(settings, recipe, compute, artifact)
         trainer = prepared.trainer
         with directory.open(found_for_run(prepared), trainer):
@@ -90,13 +93,14 @@ def distill(settings: DistillSettings) -> DistillResult:
             return replace(result, report=report)
 
 
-def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact) -> dict[str, Any]:
+def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact, compute: Compute) -> dict[str, Any]:
     """Say what a run was told; with what is found later, two runs of which this is equal end in the same student.
 
     Args:
         settings: of the run.
         recipe: with the settings laid over it.
         artifact: open.
+        compute: its device; the precision may still be chosen by the student.
 
     Returns:
         The parts of its record that are known before it is prepared.
@@ -109,6 +113,7 @@ def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact) -
             "manifest_sha256": artifact.manifest_sha256,
             "teacher": artifact.manifest.teacher.model_dump(),
         },
+        "compute": {"device": compute.device.type},
     }
 
 

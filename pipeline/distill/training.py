@@ -65,7 +65,7 @@ class Training:
             with StopRequest("a checkpoint", (signal.SIGINT, signal.SIGTERM)) as stop:
                 self._run_steps(limits, stop)
                 self._directory.save_checkpoint(trainer)
-                stop.obey()
+            stop.obey()
             last = trainer.progress.epoch >= trainer.recipe.epochs or limits.reached(trainer)
             evaluation = self._close_epoch(last or trainer.progress.epoch % limits.evaluate_every == 0)
             if last and evaluation is not None:
@@ -78,8 +78,7 @@ class Training:
         saved = time.monotonic()
         if limits.reached(trainer):
             return
-        with ProgressBar(f"epoch {progress.epoch}", feed.num_images) as bar:
-            bar.advance(progress.epoch_images)
+        with ProgressBar(f"epoch {progress.epoch}", feed.num_images, done=progress.epoch_images) as bar:
             clock = _Clock(feed)
             batches = feed.epoch(progress.epoch, progress.steps_done)
             while (batch := self._next(batches)) is not None:
@@ -88,6 +87,7 @@ class Training:
                 if stop.requested or limits.reached(trainer):
                     break
                 if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
+                    trainer.check_finite()
                     clock.note(trainer)
                     self._directory.save_checkpoint(trainer)
                     saved = time.monotonic()

@@ -94,9 +94,7 @@ class Programs:
 
     def run(self, command: Sequence[str], name: str) -> dict[str, Any]:
         """Stand in for a program."""
-        if self.stopped or len(self.commands) == self._stop_after:
-            raise StoppedError
-        self.commands.append(list(command))
+        self._note(command)
         if any(word in " ".join(command) for word in self._failing):
             raise CalledProcessError(1, command)
         program = Path(command[0]).stem
@@ -106,17 +104,22 @@ class Programs:
 
     def output(self, command: Sequence[str], name: str) -> bytes:
         """Stand in for a benchmark, which writes its figures itself."""
-        if self.stopped or len(self.commands) == self._stop_after:
-            raise StoppedError
-        self.commands.append(list(command))
+        self._note(command)
         program, options = Path(command[0]).stem, dict(itertools.pairwise(command))
         path = Path(options["--work"]) / f"{program}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        path.write_text(json.dumps(known | {options["--only"]: {"ms": 1.0}}))
-        if any(word in " ".join(command) for word in self._failing):
+        fails = any(word in " ".join(command) for word in self._failing)
+        path.write_text(json.dumps(known | {options["--only"]: {"error": "it failed"} if fails else {"ms": 1.0}}))
+        if fails or options["--only"] == "step":  # whose target is missed
             raise CalledProcessError(1, command)
         return b""
+
+    def _note(self, command: Sequence[str]) -> None:
+        self.stopped = self.stopped or len(self.commands) == self._stop_after
+        if self.stopped:
+            raise StoppedError
+        self.commands.append(list(command))
 
     def stop(self) -> None:
         """Stand in for asking them to stop."""

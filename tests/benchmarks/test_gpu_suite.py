@@ -1,6 +1,8 @@
 """What the suite runs first, what it leaves, and what it says of a machine; the programs are stood in for."""
 
+import importlib.util
 import json
+import runpy
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from click.testing import CliRunner, Result
 from benchmarks import gpu_check, gpu_suite, reproduce_plan
 from benchmarks.reproduce_runs import SCALES, Measurement, Training
 from benchmarks.reproduce_study import KNOWN, TARGETS, Study
-from benchmarks.reproduce_worth import SPEED, stages
+from benchmarks.reproduce_worth import STAGES, stages
 from tests.benchmarks.made_results import Programs
 
 FULL = SCALES["full"]
@@ -59,22 +61,21 @@ def test_every_run_has_one_place() -> None:
 
 def test_what_matters_comes_first() -> None:
     made = stages(Study(FULL, 3, [KNOWN], "cuda"))
-    told = [[job.run for job in stage.jobs] for stage in made]
-    paper = FULL.training("embed", KNOWN)
-    assert told[0] == [paper, FULL.training("embed", KNOWN, alpha2=0.0)]
+    assert [stage.name for stage in made] == list(STAGES)
+    assert [stage.is_alone for stage in made] == [True, False, False, False, False]
+    paper, students, speed, rest, seeds = ([job.run for job in stage.jobs] for stage in made)
+    assert paper == [FULL.training("embed", KNOWN), FULL.training("embed", KNOWN, alpha2=0.0)]
     tuned = f"{KNOWN}-finetuned"
-    assert told[1] == [FULL.training("embed", tuned, recipe="strong")]
-    assert told[2] == [FULL.training(kind, tuned, recipe="strong") for kind in ("samples", "views")]
-    assert told[3] == [
-        *(FULL.training(kind, KNOWN, recipe="strong") for kind in ("embed", "samples", "views")),
+    kinds = ("embed", "samples", "views")
+    assert students[:7] == [
+        *(FULL.training(kind, tuned, recipe="strong") for kind in kinds),
+        *(FULL.training(kind, KNOWN, recipe="strong") for kind in kinds),
         FULL.training("embed", None, recipe="strong", alpha2=0.0),
     ]
-    assert [run.alpha2 for run in told[4] if isinstance(run, Training)] == [0, 0.25, 0.5, 0.75, 1]
-    assert made[5].name == SPEED
-    assert all(isinstance(run, Measurement) for run in told[5])
-    assert {run.seed for run in told[6] if isinstance(run, Training)} == {0}
-    assert {run.seed for run in told[7] if isinstance(run, Training)} == {1, 2}
-    assert [stage.is_alone for stage in made] == [True] + [False] * 7
+    assert [run.alpha2 for run in students[7:] if isinstance(run, Training)] == [0, 0.25, 0.5, 0.75, 1]
+    assert all(isinstance(run, Measurement) for run in speed)
+    assert {run.seed for run in rest if isinstance(run, Training)} == {0}
+    assert {run.seed for run in seeds if isinstance(run, Training)} == {1, 2}
 
 
 # The suite
@@ -117,13 +118,50 @@ def test_a_stop_anywhere_goes_on(stop_after: int, call: Call, tmp_path: Path) ->
     assert len(first.commands) + len(second.commands) == whole + artifacts + len(gpu_suite.SPEEDS)
 
 
-def test_a_missed_target_is_a_figure_and_a_failed_run_is_told(call: Call) -> None:
-    said = call(Programs(failing=["--only step"]), "--seeds", "1")
+def test_a_missed_target_is_a_figure(call: Call) -> None:
+    said = call(Programs(), "--seeds", "1")
     assert said.exit_code == 0, said.output
     assert "distill.py, step: exit status 1" in said.output
+    assert "failed" not in said.output
+
+
+def test_a_run_that_fails_is_told(call: Call) -> None:
     said = call(Programs(failing=["--seed 1"]), "--seeds", "2")
     assert said.exit_code == 1
     assert "failed: " in said.output
+
+
+def test_a_speed_that_fails_is_told_and_tried_again_when_all_else_is_done(call: Call) -> None:
+    said = call(Programs(failing=["--only released"]), "--seeds", "1")
+    assert said.exit_code == 1
+    assert said.output.count("failed: distill.py, released\n") == 1
+    programs = Programs()
+    assert call(programs, "--seeds", "1").exit_code == 0
+    assert [command[command.index("--only") + 1] for command in programs.commands] == ["released"]
+
+
+def test_a_speed_that_takes_longer_than_a_call_holds_nothing_up(call: Call, tmp_path: Path) -> None:
+    assert call(Programs(), "--seeds", "1", "--stage", "paper", "--stage", "students").exit_code == 0
+    assert call(Programs(), "--seeds", "1", "--stage", "speed").exit_code == 0
+    for path in (tmp_path / "out" / "speed").rglob("*.json"):
+        path.unlink()
+    said = call(Programs(stop_after=0), "--seeds", "1", "--stage", "speed")  # in the first measure
+    assert f"{len(gpu_suite.SPEEDS)} are left." in said.output
+    programs = Programs()
+    assert call(programs, "--seeds", "2").exit_code == 0
+    measured = [command[command.index("--only") + 1] for command in programs.commands if "--only" in command]
+    names = [measure for _, measure, _ in gpu_suite.SPEEDS]
+    assert measured == [*names[1:], names[0]]
+    assert "--only" in programs.commands[-1]
+    assert "--only" not in programs.commands[-2]  # runs of the last stages
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_run_for_itself(stage: str, call: Call) -> None:
+    programs = Programs()
+    assert call(programs, "--seeds", "2", "--stage", stage).exit_code == 0
+    assert any("--only" in command for command in programs.commands) == (stage == "speed")
+    assert programs.commands
 
 
 def test_speeds_are_known_by_their_measure(call: Call, tmp_path: Path) -> None:
@@ -133,7 +171,7 @@ def test_speeds_are_known_by_their_measure(call: Call, tmp_path: Path) -> None:
     programs = Programs()
     assert call(programs, "--seeds", "1").exit_code == 0
     measured = [command[command.index("--only") + 1] for command in programs.commands if "--only" in command]
-    assert measured == [measure for _, measure in gpu_suite.SPEEDS if measure != "step"]
+    assert measured == [measure for _, measure, _ in gpu_suite.SPEEDS if measure != "step"]
 
 
 # The machine
@@ -146,7 +184,7 @@ def test_a_check_runs_nothing(call: Call) -> None:
     assert programs.commands == []
     for text in (
         "program     commit ",
-        f"packages    torch {torch.__version__.partition('+')[0]}",
+        f"torch {torch.__version__.partition('+')[0]}",
         "device      cpu, ",
     ):
         assert text in said.output
@@ -157,12 +195,11 @@ def test_a_check_runs_nothing(call: Call) -> None:
 def test_all_that_is_missing_is_said_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has_data(monkeypatch, test=9999)
     monkeypatch.setattr(gpu_check, "teachers_at_hand", lambda folder: {})
-    monkeypatch.setattr(gpu_check, "PACKAGES", ("torch", "no-such-package"))
     programs = Programs()
     said = call(programs, device="abacus")
     assert said.exit_code == 1
     assert said.output == (
-        "Error: the suite cannot be run here. Packages: no-such-package is not installed. Device: device 'abacus' is "
+        "Error: the suite cannot be run here. Device: device 'abacus' is "
         "unknown; expected auto, cpu, cuda, cuda:N or mps. Data: split test: 9,999 images of 100 classes; CIFAR-100 "
         "has 10,000 of 100. Teachers: none is at hand: --teachers, or CLIP_EMBED_KD_SHARED.\n"
     )
@@ -170,11 +207,20 @@ def test_all_that_is_missing_is_said_at_once(call: Call, tmp_path: Path, monkeyp
     assert not (tmp_path / "out" / "suite.tar.gz").exists()
 
 
+def test_packages_are_missed_at_once_before_anything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    absent = ("datasets", "pydantic")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("benchmarks.gpu_packages")
+    assert exit_.value.code == "Error: the suite cannot be run here: not installed: datasets, pydantic."
+
+
 def test_a_full_run_wants_room(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000_000))
     said = call(Programs(), "--scale", "full")
     assert said.exit_code == 1
-    assert said.output == "Error: the suite cannot be run here. Disk: 20 GB are needed.\n"
+    assert said.output == "Error: the suite cannot be run here. Disk: 5.0 GB free, 20 are needed.\n"
 
 
 def test_jobs_side_by_side_want_memory(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks import reproduce, reproduce_plan
+from benchmarks import reproduce, reproduce_plan, reproduce_results
 from benchmarks import reproduce_paper as paper
 from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_commands import Place
 from benchmarks.reproduce_processes import Processes, StoppedError, stopping
-from benchmarks.reproduce_results import read_results
+from benchmarks.reproduce_results import read_results, settings_of
 from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
 from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
 from pipeline.distill.recipe import load_recipe, parse_overrides
@@ -94,6 +95,7 @@ def test_what_is_kept_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "recipe": "paper",
             "alpha2": 1.0,
             "seed": 0,
+            "recipe_sha256": document["settings"]["recipe_sha256"],
         },
         "measured": {
             "top5": 40.0,
@@ -118,8 +120,7 @@ def test_a_stop_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert said.exit_code == 0
     assert "runs are left. The same command goes on." in said.output
     assert call(tmp_path, second, monkeypatch, "table2", "live").exit_code == 0
-    number = len(str(tmp_path / "whole"))
-    assert len(first.commands + second.commands) == len(whole.commands), number
+    assert len(first.commands + second.commands) == len(whole.commands)
     assert set(results(tmp_path)) == set(results(tmp_path / "whole"))
 
 
@@ -139,11 +140,29 @@ def test_what_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch: pytest.M
     assert said.output.count("could not be made") == 4
 
 
+def test_what_a_program_prints_that_is_no_json_holds_up_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = Programs()
+    run = programs.run
+
+    def garbled(command: list[str], name: str) -> dict[str, Any]:
+        told = run(command, name)
+        return json.loads("{") if "--alpha2" in command and name.endswith("alpha2-1-200-images-seed-0") else told
+
+    monkeypatch.setattr(programs, "run", garbled)
+    said = call(tmp_path, programs, monkeypatch, "fig3", "--seeds", "1")
+    assert said.exit_code == 1
+    assert "alpha2-1-200-images-seed-0: JSONDecodeError: Expecting property name" in said.output
+    assert len(list((tmp_path / "results" / "trial").glob("*/embed-*.json"))) == 4
+
+
 def test_several_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs = Programs()
     assert call(tmp_path, programs, monkeypatch, "kinds", "--seeds", "3", "--jobs", "4").exit_code == 0
     assert len(results(tmp_path)) == len(programs.commands)
-    assert all(document["conditions"]["jobs"] == 4 for document in results(tmp_path).values())
+    for name, document in results(tmp_path).items():
+        assert document["conditions"] == {"compiled": False, "jobs": 1 if ARTIFACTS in name else 4}
 
 
 def test_a_result_of_other_settings_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +208,17 @@ def test_a_folder_of_teachers_has_at_least_one_of_them(tmp_path: Path) -> None:
     assert str(error.value) == f"{tmp_path}: has none of the paper's teachers. Expected folders {expected}."
     (tmp_path / paper.TEACHERS["Large-32"]).mkdir()
     assert TEACHERS_AT_HAND(tmp_path)[paper.TEACHERS["Large-32"]] == tmp_path / paper.TEACHERS["Large-32"]
+
+
+def test_other_contents_of_a_recipe_are_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = TRIAL.training("embed", KNOWN)
+    before = settings_of(run)
+    assert settings_of(replace(run, recipe="strong"))["recipe_sha256"] != before["recipe_sha256"]
+    changed = load_recipe("paper", {"weight_decay": 0.2})
+    monkeypatch.setattr("benchmarks.reproduce_results.load_recipe", lambda name: changed)
+    reproduce_results._recipe_digest.cache_clear()
+    assert settings_of(run) != before
+    reproduce_results._recipe_digest.cache_clear()
 
 
 # The study
@@ -246,7 +276,7 @@ def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
     assert told(place_in(tmp_path).command(run)) == (
         f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
         f"--out {out} --student base --image-size 32 --recipe strong --epochs 15 --seed 2 --device cuda "
-        "--limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both --compile"
+        "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both"
     )
 
 
@@ -256,7 +286,7 @@ def test_the_command_of_a_training_with_a_live_teacher(tmp_path: Path) -> None:
     assert told(place_in(tmp_path).command(run)) == (
         f"baselines.py --method teacher-kd --teacher teachers/{KNOWN} "
         f"--artifact {tmp_path}/artifacts/{KNOWN}-50000-images-class.safetensors --dataset data --out {out} "
-        "--student base --image-size 32 --recipe paper --epochs 200 --seed 0 --device cuda --resume --json"
+        "--student base --image-size 32 --recipe paper --epochs 200 --seed 0 --device cuda --compile --resume --json"
     )
 
 
@@ -315,7 +345,7 @@ def test_what_processes_say_is_logged_by_name_and_goes_on(tmp_path: Path) -> Non
 
 
 def test_what_a_process_began_is_stopped_with_it(tmp_path: Path) -> None:
-    processes, ready = Processes(), tmp_path / "ready"
+    processes, ready = Processes(grace_seconds=0.1), tmp_path / "ready"
     child = f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
     program = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
 

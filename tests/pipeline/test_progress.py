@@ -105,6 +105,17 @@ def test_without_a_terminal_there_are_plain_lines(
     assert second == "training: 60 of 100 steps, 1 steps/s, 40.0 s left loss 1.5"
 
 
+def test_what_was_done_before_is_not_of_the_rate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 40.0, 41.0])
+    monkeypatch.setattr("pipeline.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    log_to_stderr()
+    with ProgressBar("training", 100, "steps", done=50) as bar:
+        bar.advance(40)
+    assert capsys.readouterr().err.rstrip() == "training: 90 of 100 steps, 1 steps/s, 10.0 s left"
+
+
 def test_a_plain_line_ends_with_its_last_word(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

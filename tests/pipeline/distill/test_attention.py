@@ -5,7 +5,12 @@ import pytest
 import timm
 import torch
 
-from pipeline.distill.attention import CoarseDropout, leave_unused_tokens_out, use_explicit_attention
+from pipeline.distill.attention import (
+    CoarseDropout,
+    leave_unused_tokens_out,
+    use_coarse_dropout,
+    use_explicit_attention,
+)
 from tests.pipeline.distill.examples import CPU, make_student
 
 
@@ -96,6 +101,21 @@ def test_nothing_is_dropped_outside_training_or_at_probability_0() -> None:
     values = torch.rand(3, 4)
     assert CoarseDropout(0.5).eval()(values) is values
     assert CoarseDropout(0.0).train()(values) is values
+
+
+def test_dropout_of_nearly_everything_is_dropout() -> None:
+    found = CoarseDropout(0.999999).train()(torch.ones(1000))
+    assert found.isfinite().all()
+    assert (found == 0).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_with_coarse_dropout_trains_whichever_attention_it_takes(fused: bool) -> None:
+    model = timm.create_model("test_vit", num_classes=3, attn_drop_rate=0.3)
+    use_coarse_dropout(model, torch.device("cpu"))
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    assert model.train()(torch.rand(2, 3, 160, 160)).isfinite().all()
 
 
 # The last block

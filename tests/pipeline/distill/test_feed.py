@@ -360,7 +360,7 @@ def test_what_is_kept_on_the_device_makes_the_same_batches(
     second = make()
     assert asked == [5 * images.pixels[0].nbytes, 5 * 2 * EMBED_DIM * 4]
     parts = (second._pixels, second._embeddings)
-    assert [part is not None and part.lies_there for part in parts] == [
+    assert [part is not None and part._all is not None for part in parts] == [
         held != "embeddings",
         held != "pixels",
     ]

@@ -25,6 +25,7 @@ PLAN = Plan(
     saving_seconds=1.0,
     epochs=24,
     memory_bytes=2 * GB,
+    image_bytes=3 * GB,
     device_memory_bytes=0,
     run_bytes=50 * MB,
 )
@@ -50,12 +51,13 @@ def test_a_plan_adds_up() -> None:
         ("step", "960.0 ms for 96 images, float32 on cpu, 1.2 % of it waiting for data"),
         ("epoch", "15.0 s for 1,000 images, 5.0 s of it to evaluate and save"),
         ("in all", "6 min 00 s for 24 epochs"),
-        ("memory", "2.0 GB at the peak, libraries and images included"),
+        ("memory", "2.0 GB at the peak, libraries included"),
+        ("images", "3.0 GB, mapped from the cache: beside it in memory as far as there is room"),
         ("disk", "50.0 MB for the run directory"),
     ]
     rows = replace(PLAN, micro_batch=24, device_memory_bytes=GB, suggestions=("--epochs 3: short",)).rows()
     assert rows[0][1].startswith("960.0 ms for 96 images by 24, ")
-    assert rows[4:] == [
+    assert rows[5:] == [
         ("GPU", "1.0 GB at the peak"),
         ("disk", "50.0 MB for the run directory"),
         ("try", "--epochs 3: short"),
@@ -95,11 +97,13 @@ def test_evaluations_are_counted_as_often_as_they_come(
     assert plan(start(evaluate_every=4)).evaluation_seconds == 3
 
 
-def test_images_that_a_few_steps_do_not_touch_are_memory_of_the_run(
+def test_images_are_stated_apart_and_need_no_memory(
     start: Callable[..., DistillSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "peak_memory", lambda device: _Memory())
-    assert plan(start()).memory_bytes == GB + (30 + 12) * 8 * 8 * 3
+    found = plan(start(), ram_bytes=GB)
+    assert (found.memory_bytes, found.image_bytes) == (GB, (30 + 12) * 8 * 8 * 3)
+    assert found.suggestions == ()
 
 
 class _Memory:
@@ -189,7 +193,7 @@ def test_a_disk_that_cannot_be_written_is_said(
     start: Callable[..., DistillSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(trainer: Any, folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError("No space left on device")  # as checkpoints have it
 
     monkeypatch.setattr(module, "save_student", fail)
     with pytest.raises(PipelineError) as caught:

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -504,6 +505,41 @@ def test_a_run_is_replaced_by_renaming(run: Run, other: Run, out: Path, monkeypa
     assert file_names(out.parent) == ["run"]
 
 
+def die_between_the_renames(run: Run, out: Path) -> None:
+    """Leave what `kill -9` would leave in the midst of replacing a run."""
+    record_epochs(run, out, 1)
+    aside, work = out.parent / ".run.replaced", out.parent / ".run.partial"
+    out.rename(aside)
+    shutil.copytree(aside, work)
+    (work / "run.json").write_text("{}")
+
+
+def test_killed_between_the_renames_the_older_run_stands_there_again(run: Run, other: Run, out: Path) -> None:
+    die_between_the_renames(run, out)
+    exists = f"{out}: exists. Pass --resume to go on with it, --overwrite, or another --out."
+    assert refusal(other, out, resume=True) == exists
+    assert file_names(out.parent) == ["run"]
+    assert file_names(out) == WHOLE
+    record_epochs(other, out, 1, resume=True)
+    assert metrics(out) == [(2, 2)]  # the first epoch would be closed again
+
+
+def test_killed_between_the_renames_it_is_replaced_by_the_next_one(run: Run, other: Run, out: Path) -> None:
+    die_between_the_renames(run, out)
+    with recording(other.trainer, out, overwrite=True) as directory:
+        assert file_names(out) == sorted([*WHOLE, "lock"])
+        other.epoch(directory)
+    assert file_names(out.parent) == ["run"]
+    assert metrics(out) == [(1, 1)]
+
+
+def test_what_is_locked_by_another_leaves_nothing_of_ones_own(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    with recording(run.trainer, out, resume=True):
+        refusal(other, out, overwrite=True)
+        assert file_names(out.parent) == ["run"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -544,6 +580,27 @@ def test_what_was_told_is_compared_before_anything_is_prepared(run: Run, out: Pa
         raise AssertionError("it is not prepared")
 
 
+def test_another_device_is_refused_before_anything_is_prepared(run: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    directory = RunDirectory(out, overwrite=False, resume=True)
+    told = {part: RECORD[part] for part in ("settings", "recipe", "artifact")} | {"compute": {"device": "cuda"}}
+    with pytest.raises(PipelineError, match=r"compute\.device was \"cpu\", is \"cuda\""), directory.claim(told):
+        raise AssertionError("it is not prepared")
+
+
+def test_what_a_finished_run_says_of_its_student_goes_with_the_student(run: Run, other: Run, out: Path) -> None:
+    record_epochs(run, out, 1)
+    pages = [out / "report.html", out / "student" / "README.md"]
+    for page in pages:
+        page.write_text("accuracy 51 %")
+    with recording(other.trainer, out, resume=True) as directory:
+        assert read(out)["result"] == {"top1": 51.0}
+        assert all(page.exists() for page in pages)
+        other.epoch(directory)
+        assert "result" not in read(out)
+        assert not any(page.exists() for page in pages)
+
+
 def test_a_run_that_is_gone_on_with_is_not_replaced(out: Path) -> None:
     message = "--resume goes on with a run, --overwrite begins it anew: pass one of them."
     assert place_refusal(out, overwrite=True, resume=True) == message
@@ -561,6 +618,6 @@ def test_other_software_or_another_machine_is_said(
     record_epochs(other, out, 0, resume=True)
     assert caplog.messages == [
         "The run was begun with other software, on another machine, or with another --micro-batch or --compile: "
-        "its last bits may differ.",
+        "its last bits may differ, and with the latter two what is dropped at random.",
         "Going on after step 1, in epoch 1.",
     ]

@@ -120,6 +120,7 @@ class Outcome:
         assert self.tensors.keys() == other.tensors.keys()
         differing = [name for name, tensor in self.tensors.items() if not torch.equal(tensor, other.tensors[name])]
         assert differing == []
+        assert self.student.keys() == other.student.keys()
         return self.student == other.student
 
 
