@@ -147,17 +147,14 @@ class Suite:
                 self.processes.output(self._command(program, measure, rounds), f"{program}-{measure}")
             except subprocess.CalledProcessError as error:
                 click.echo(f"{program}.py, {measure}: exit status {error.returncode}", err=True)
+                self.failed += [] if self._knows(program, measure) else [f"{program}.py, {measure}"]
             except StoppedError:
-                pass
+                self.num_left += 1
             if self._knows(program, measure):
                 marker.unlink(missing_ok=True)
                 continue
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-            if self.processes.stopped:
-                self.num_left += 1
-            else:
-                self.failed.append(f"{program}.py, {measure}")
 
     def _command(self, program: str, measure: str, rounds: int) -> list[str]:
         options = ["--work", str(self._folder(program)), "--device", self._reproduction.device, "--only", measure]

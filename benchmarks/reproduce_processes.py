@@ -32,7 +32,12 @@ class Processes:
         self._logs, self._grace_seconds = logs, grace_seconds
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
-        self.stopped = False
+        self._stop = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether programs were asked to stop."""
+        return self._stop.is_set()
 
     def run(self, command: Sequence[str], name: str) -> dict[str, Any]:
         """Run a command of the interpreter that prints JSON, as `output` does, and return that."""
@@ -54,7 +59,7 @@ class Processes:
             subprocess.CalledProcessError: it failed, and has said why.
         """
         with self._log(name) as log, self._lock:
-            if self.stopped:
+            if self._stop.is_set():
                 raise StoppedError
             # In a session of its own Ctrl-C reaches it by way of `stop`, and once.
             process = subprocess.Popen(
@@ -70,9 +75,9 @@ class Processes:
         finally:
             with self._lock:
                 self._running.discard(process)
-            if self.stopped:
+            if self._stop.is_set():
                 _kill(process)  # what it has begun itself
-        if process.returncode and self.stopped:
+        if process.returncode and self._stop.is_set():
             raise StoppedError
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
@@ -86,10 +91,11 @@ class Processes:
         https://github.com/pytorch/pytorch/pull/189290.)
         """
         with self._lock:
-            self.stopped, running = True, list(self._running)
+            self._stop.set()
+            running = list(self._running)
         for process in running:
             process.terminate()
-        timer = threading.Timer(self._grace_seconds, lambda: [_kill(process) for process in running])
+        timer = threading.Timer(self._grace_seconds, _kill, running)
         timer.daemon = True
         timer.start()
 
@@ -103,10 +109,11 @@ class Processes:
             yield log
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill all that is left of a program's session."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _kill(*processes: "subprocess.Popen[bytes]") -> None:
+    """Kill all that is left of programs' sessions."""
+    for process in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

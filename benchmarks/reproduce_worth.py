@@ -33,7 +33,7 @@ def stages(study: Study) -> list[Stage]:
     every = [run for runs in first.values() for run in runs]
     tuned = _kinds(first["kinds"], "strong", is_tuned=True)
     groups: dict[str, list[Run]] = {
-        PAPER: _kinds(first["kinds"], "paper", is_tuned=False),
+        PAPER: [*_kinds(first["kinds"], "paper", is_tuned=False)],
         STUDENTS: [
             *(run for run in tuned if run.method == "embed"),
             *tuned,

@@ -37,7 +37,7 @@ def watched(training: FineTuning, folder: Path, monkeypatch: pytest.MonkeyPatch)
     steps: list[tuple[list[int], list[float]]] = []
     step = training.step
 
-    def noted(chosen: torch.Tensor, generator: torch.Generator) -> None:
+    def noted(chosen: NDArray[np.int64], generator: torch.Generator) -> None:
         step(chosen, generator)
         steps.append((chosen.tolist(), sorted({group["lr"] for group in training._optimizer.param_groups})))
 

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from benchmarks import gpu_check, gpu_suite, reproduce_plan
+from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_runs import SCALES, Measurement, Training
 from benchmarks.reproduce_study import KNOWN, TARGETS, Study
 from benchmarks.reproduce_worth import STAGES, stages
@@ -212,12 +213,12 @@ def test_packages_are_missed_at_once_before_anything_is_imported(monkeypatch: py
     absent = ("datasets", "pydantic")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
     with pytest.raises(SystemExit) as exit_:
-        runpy.run_module("benchmarks.gpu_packages")
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_packages.py"))
     assert exit_.value.code == "Error: the suite cannot be run here: not installed: datasets, pydantic."
 
 
 def test_a_full_run_wants_room(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5_000_000_000))
     said = call(Programs(), "--scale", "full")
     assert said.exit_code == 1
     assert said.output == "Error: the suite cannot be run here. Disk: 5.0 GB free, 20 are needed.\n"
