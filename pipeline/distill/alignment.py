@@ -166,10 +166,10 @@ def _embed(trainer: Trainer, images: DecodedImages) -> Floats:
     """Return the student's embeddings [N, d] of view 0 of some images."""
     found: list[Tensor] = []
     hook = trainer.kept.register_forward_hook(lambda module, inputs, output: found.append(output[0].float().cpu()))
+    compute, size = trainer.compute, trainer.evaluation_batch
     try:
-        evaluate_student(
-            trainer.kept, images, trainer.compute.device, trainer.compute.precision, trainer.evaluation_batch
-        )
+        with trainer.batch_must_fit("evaluation"):
+            evaluate_student(trainer.kept, images, compute.device, compute.precision, size)
     finally:
         hook.remove()
     return torch.cat(found).numpy()

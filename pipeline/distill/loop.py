@@ -103,9 +103,9 @@ class Trainer:
         """Images to evaluate at once. Without gradients more of them fit, and a GPU has less to wait for."""
         return (4 if self.compute.device.type == "cuda" else 1) * self._images_at_once
 
-    def batch_must_fit(self) -> AbstractContextManager[None]:
+    def batch_must_fit(self, what: str = "training") -> AbstractContextManager[None]:
         """Return a context that turns a failed allocation into advice: a smaller `--micro-batch` learns the same."""
-        return batch_must_fit(self._images_at_once, "training", smallest=2, option="--micro-batch")
+        return batch_must_fit(self._images_at_once, what, smallest=2, option="--micro-batch")
 
     def step(self, batch: Batch, steps_per_epoch: int) -> None:
         """Learn from one batch.

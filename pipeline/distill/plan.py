@@ -189,7 +189,9 @@ def _evaluation_seconds(prepared: Prepared) -> float:
     trainer, images = prepared.trainer, prepared.images.evaluation
     few = images.select(np.arange(min(len(images), _EVALUATED)))
     compute, size = trainer.compute, trainer.evaluation_batch
-    return evaluate_student(trainer.kept, few, compute.device, compute.precision, size).seconds / len(few) * len(images)
+    with trainer.batch_must_fit("evaluation"):
+        found = evaluate_student(trainer.kept, few, compute.device, compute.precision, size)
+    return found.seconds / len(few) * len(images)
 
 
 def _try_saving(trainer: Trainer, out: Path) -> tuple[float, int]:

@@ -112,7 +112,8 @@ class Training:
         told = f"Epoch {progress.epoch} of {trainer.recipe.epochs}: loss {means['loss']:.4f}"
         if evaluates:
             size = trainer.evaluation_batch
-            evaluation = evaluate_student(trainer.kept, self._evaluated, compute.device, compute.precision, size)
+            with trainer.batch_must_fit("evaluation"):
+                evaluation = evaluate_student(trainer.kept, self._evaluated, compute.device, compute.precision, size)
             self._directory.save_student(trainer)
             line |= {"top1": evaluation.top1, "top5": evaluation.top5}
             told += f", top-1 {evaluation.top1:.2f} %"

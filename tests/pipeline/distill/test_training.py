@@ -371,6 +371,18 @@ def test_ctrl_c_while_an_epoch_is_closed_loses_nothing(
     assert read(tmp_path / "run") == unbroken(setup)
 
 
+def test_out_of_memory_in_an_evaluation_advises_what_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Evaluation:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(training, "evaluate_student", fail)
+    with pytest.raises(PipelineError) as caught:
+        Place(SETUPS["supervised"], tmp_path).train()
+    assert str(caught.value) == "out of memory: evaluation at batch size 4. Try --micro-batch 2."
+
+
 # Killed
 
 
