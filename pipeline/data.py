@@ -3,10 +3,11 @@
 Reads whatever `datasets` loads, finds the columns, decodes to RGB. Augments nothing and resizes nothing.
 """
 
+import errno
 import hashlib
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.errors import PipelineError, first_line
 
 SAMPLE_KEY_VERSION = 1
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
+# What the system says of a file that will be as unreadable tomorrow; anything else may pass.
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG}
 
 
 class DataSettings(BaseModel):
@@ -40,6 +43,10 @@ class DataSettings(BaseModel):
 
 class BadImageError(PipelineError):
     """An image that cannot be decoded."""
+
+
+class UnreadableImageError(BadImageError):
+    """An image that could not be read just now, for a reason that may pass: never one to leave out."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,26 @@ class Labelled:
             indices: row numbers.
 
         Returns:
-            For each an RGB image as `to_rgb` makes it, or the error that says why there is none.
+            For each an RGB image as `to_rgb` makes it, or the error that says why there is none. `raise_bad` tells
+            which of these errors stop a run.
         """
-        cells = self.rows[list(indices)][self.image_column]
+        try:
+            cells = self.rows[list(indices)][self.image_column]
+        except (OSError, MemoryError) as error:  # of the data set's own files
+            return [self._unreadable(row, error) for row in indices]
         return [self._decode(row, cell) for row, cell in zip(indices, cells, strict=True)]
+
+    def bad_image(self, row: int, reason: str) -> BadImageError:
+        """Make the error of a row whose image is no use, today or tomorrow.
+
+        Args:
+            row: its number, as `read` takes it.
+            reason: what is wrong with the image.
+        """
+        return BadImageError(
+            f"{self._row(row)}: the image cannot be decoded ({reason}). "
+            "Mend or remove it, or pass --skip-bad to leave such images out and count them."
+        )
 
     def _decode(self, row: int, cell: dict[str, Any] | None) -> Image.Image | BadImageError:
         try:
@@ -120,11 +143,16 @@ class Labelled:
             with Image.open(BytesIO(content), formats=["WEBP"] if is_webp else None) as image:
                 return to_rgb(image)
         except Exception as error:
-            return BadImageError(
-                f"{self.settings.dataset}, split {self.settings.split}, row {self.numbers[row]}: the image cannot be "
-                f"decoded ({_reason(error)}). "
-                "Mend or remove it, or pass --skip-bad to leave such images out and count them."
-            )
+            return self._unreadable(row, error) if _may_pass(error) else self.bad_image(row, _reason(error))
+
+    def _unreadable(self, row: int, error: BaseException) -> UnreadableImageError:
+        return UnreadableImageError(
+            f"{self._row(row)}: the image could not be read just now ({_reason(error)}). Give the same command again; "
+            "if it fails every time, see to the disk and to free memory."
+        )
+
+    def _row(self, row: int) -> str:
+        return f"{self.settings.dataset}, split {self.settings.split}, row {self.numbers[row]}"
 
 
 def load_labelled(settings: DataSettings) -> Labelled:
@@ -166,6 +194,22 @@ def evaluation_split(settings: DataSettings) -> str | None:
     """
     splits = _load_splits(settings)
     return next((name for name in EVALUATION_SPLITS if name in splits and name != settings.split), None)
+
+
+def raise_bad(bad: Iterable[BadImageError], *, skip_bad: bool) -> None:
+    """Stop for the first image that must not be left out.
+
+    Args:
+        bad: errors as `Labelled.read` returns them.
+        skip_bad: whether images that cannot be decoded are left out. What may pass is no property of an image: left
+            out, it would be missing for good in all that is kept.
+
+    Raises:
+        BadImageError: there is such an image.
+    """
+    for error in bad:
+        if not skip_bad or isinstance(error, UnreadableImageError):
+            raise error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -309,6 +353,13 @@ def _labels(
             f"{settings.dataset}: {column} goes up to {labels.max()}, expected class indices from 0 on."
         )
     return labels, tuple(str(index) for index in range(int(labels.max()) + 1)), False
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Tell a failure of disk or memory from one of the image's own bytes; Pillow's own errors have no number."""
+    if isinstance(error, OSError):
+        return error.errno not in {None, *_LASTING} or str(error).startswith("out of memory")  # as Pillow's codecs say
+    return isinstance(error, MemoryError)
 
 
 def _reason(error: BaseException) -> str:

@@ -35,20 +35,10 @@ class FolderLock:
         Raises:
             PipelineError: another process has it.
         """
-        while self._file is None:
-            file = (self._folder / LOCK_NAME).open("wb")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise PipelineError(self._taken) from None
-            except OSError:  # some network disks have none
-                file.close()
-                return
-            if os.fstat(file.fileno()).st_nlink:
-                self._file = file
-            else:
-                file.close()  # removed between opening and locking: nobody else would meet this lock
+        try:
+            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(self._taken) from None
 
     def wait(self) -> None:
         """Take the lock as soon as no other process has it; that there is one is said."""
@@ -56,11 +46,25 @@ class FolderLock:
             self.take()
         except PipelineError as error:
             LOGGER.info("%s", error)
-            self._file = (self._folder / LOCK_NAME).open("wb")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._lock(fcntl.LOCK_EX)
 
     def release(self) -> None:
         """Give the lock back, if there is one."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _lock(self, operation: int) -> None:
+        while self._file is None:
+            file = (self._folder / LOCK_NAME).open("wb")
+            try:
+                fcntl.flock(file, operation)
+            except BaseException as error:
+                file.close()
+                if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+                    return  # some network disks have none
+                raise
+            if os.fstat(file.fileno()).st_nlink:
+                self._file = file
+            else:
+                file.close()  # removed between opening and locking: nobody else would meet this lock

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data import SAMPLE_KEY_VERSION, BadImageError, Labelled
+from pipeline.data import SAMPLE_KEY_VERSION, BadImageError, Labelled, raise_bad
 from pipeline.distill.cache_entry import CacheEntry, DamagedEntryError, Stored
 from pipeline.distill.decoding import Block, ReplayedViews, decode_blocks
 from pipeline.distill.images import DecodedImages
@@ -49,7 +49,7 @@ def cached_images(
         The images, in the order of the rows, mapped read-only.
 
     Raises:
-        BadImageError: an image cannot be decoded.
+        BadImageError: an image cannot be decoded, or, whatever `skip_bad` says, could not be read just now.
         PipelineError: no image can be decoded, or the cache cannot be written to.
     """
     views = views if views is not None and views.count > 1 else None
@@ -176,8 +176,7 @@ def _make(entry: CacheEntry, data: Labelled, image_size: int, views: ReplayedVie
 def _checked(blocks: Iterable[Block], data: Labelled, bar: ProgressBar, skip_bad: bool) -> Iterator[Block]:
     num_images = 0
     for block in blocks:
-        if block.bad and not skip_bad:
-            raise block.bad[0]
+        raise_bad(block.bad, skip_bad=skip_bad)
         num_images += len(block.rows)
         yield block
         bar.advance(len(block.rows) + len(block.bad))

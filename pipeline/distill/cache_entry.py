@@ -12,6 +12,7 @@ No file is changed once it has its name, so that processes that have mapped it s
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -186,8 +187,8 @@ class CacheEntry:
         raise OSError(lost)
 
     def _write(self, name: str, arrays: Iterable[NDArray[Any]]) -> str:
-        # The number of the process is for disks without locks: two writers of the same bytes do no harm.
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        # The process is named for disks without locks: two writers of the same bytes do no harm.
+        temporary = self.folder / f"{name}{_own_ending()}"
         digest = hashlib.sha256()
         with temporary.open("wb") as file:
             for array in arrays:
@@ -228,6 +229,11 @@ def _sha256(file: IO[bytes], num_bytes: int) -> str:
     return digest.hexdigest()
 
 
+def _own_ending() -> str:
+    """Name this process: hosts that share a disk may have processes of the same number."""
+    return f".{re.sub('[^0-9A-Za-z-]', '-', platform.node())}.{os.getpid()}.tmp"
+
+
 def _lock(folder: Path) -> FolderLock:
     return FolderLock(folder, f"Another process decodes the same images into {folder}: waiting for it.")
 
@@ -249,6 +255,6 @@ def _clear(folder: Path, lock: FolderLock) -> None:
 
     On a disk without locks another process may be writing here: its unfinished files stay, too.
     """
-    unfinished = folder.glob("*.tmp" if lock.held else f"*.{os.getpid()}.tmp")
+    unfinished = folder.glob("*.tmp" if lock.held else f"*{_own_ending()}")
     for path in (folder / _INDEX, *map(folder.joinpath, _ARRAYS), *unfinished):
         path.unlink(missing_ok=True)

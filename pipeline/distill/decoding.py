@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import BadImageError, Labelled, sample_key
-from pipeline.distill.images import fit_to
+from pipeline.distill.images import StripImageError, fit_to
 from pipeline.errors import PipelineError
 from pipeline.views import render_view
 
@@ -67,22 +68,23 @@ def decode_blocks(data: Labelled, image_size: int, views: ReplayedViews | None =
         it, so that the processes end.
 
     Raises:
-        PipelineError: a decoding process died.
+        PipelineError: a decoding process died, or could not be started.
     """
     reader = _Reader(data, image_size, views)
     start = time.perf_counter()
-    first = reader[0]
-    seconds = (time.perf_counter() - start) * (len(reader) - 1)
-    num_processes = _num_cores() if seconds > _WORTH_SECONDS else 1
-    others = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=range(1, len(reader)),
-        num_workers=num_processes if num_processes > 1 else 0,
-        worker_init_fn=_end_with_parent,
-        generator=torch.Generator(),  # else it draws from the one that initialises students
-    )
-    return _blocks(first, [iter(others)])
+    with _said():
+        first = reader[0]
+        seconds = (time.perf_counter() - start) * (len(reader) - 1)
+        num_processes = _num_cores() if seconds > _WORTH_SECONDS else 1
+        others = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=range(1, len(reader)),
+            num_workers=num_processes if num_processes > 1 else 0,
+            worker_init_fn=_end_with_parent,
+            generator=torch.Generator(),  # else it draws from the one that initialises students
+        )
+        return _blocks(first, [iter(others)])
 
 
 class _Reader(Dataset[Block]):
@@ -107,9 +109,14 @@ class _Reader(Dataset[Block]):
                 if isinstance(image, BadImageError):  # a value: raised, it would come with the process's traceback
                     bad.append(image)
                     continue
-                keys.append(sample_key(image))
-                for view, rendered in enumerate(self._render(image, keys[-1])):
-                    pixels[len(rows), view] = np.asarray(self._fit(rendered))
+                key = sample_key(image)
+                try:
+                    for view, rendered in enumerate(self._render(image, key)):
+                        pixels[len(rows), view] = np.asarray(self._fit(rendered))
+                except StripImageError as error:
+                    bad.append(self._data.bad_image(row, str(error)))
+                    continue
+                keys.append(key)
                 rows.append(row)
         found = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
         return Block(np.array(rows, np.int64), found, pixels[: len(rows)], tuple(bad))
@@ -140,8 +147,18 @@ def _end_with_parent(worker: int) -> None:
 
 def _blocks(first: Block, others: list[Iterator[Block]]) -> Generator[Block, None, None]:
     try:
-        yield first
-        yield from others[0]
+        with _said():
+            yield first
+            yield from others[0]
+    finally:
+        others.clear()  # the last reference: processes end at once, and not when the garbage collector finds them
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """Put into one line what fails around decoding; who keeps the blocks would take it for a fault of his own disk."""
+    try:
+        yield
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
@@ -149,5 +166,14 @@ def _blocks(first: Block, others: list[Iterator[Block]]) -> Generator[Block, Non
             "a decoding process died, most likely for want of memory. Close other programs, and give the same command "
             "again."
         ) from None
-    finally:
-        others.clear()  # the last reference: processes end at once, and not when the garbage collector finds them
+    except (OSError, MemoryError) as error:
+        raise PipelineError(
+            f"images cannot be decoded just now ({_reason(error)}). Close other programs, and give the same command "
+            "again."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    # One of another process has the whole traceback in its text, and what happened in its last line.
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else "out of memory"

@@ -71,19 +71,21 @@ def evaluate_student(
     num_classes, found = len(student.config.class_names), []
     was_training = student.training
     student.eval()
-    with (
-        ProgressBar("evaluating", len(images)) as bar,
-        torch.inference_mode(),
-        torch.autocast(device.type, precision, enabled=precision != torch.float32),
-        batch_must_fit(batch_size, "evaluation"),
-    ):
-        for start in range(0, len(images), batch_size):
-            pixels = send(torch.from_numpy(images.pixels[images.places[start : start + batch_size], 0]), device)
-            logits = student(student.normalise(pixels))[1].float()
-            found.append(logits.topk(min(5, num_classes), dim=1).indices)  # stays there: a GPU is not waited for
-            bar.advance(len(pixels))
-        best = torch.cat(found).cpu().numpy()
-    student.train(was_training)
+    try:
+        with (
+            ProgressBar("evaluating", len(images)) as bar,
+            torch.inference_mode(),
+            torch.autocast(device.type, precision, enabled=precision != torch.float32),
+            batch_must_fit(batch_size, "evaluation"),
+        ):
+            for start in range(0, len(images), batch_size):
+                pixels = send(torch.from_numpy(images.pixels[images.places[start : start + batch_size], 0]), device)
+                logits = student(student.normalise(pixels))[1].float()
+                found.append(logits.topk(min(5, num_classes), dim=1).indices)  # stays there: a GPU is not waited for
+                bar.advance(len(pixels))
+            best = torch.cat(found).cpu().numpy()
+    finally:
+        student.train(was_training)
     hit = best == images.labels[:, None]
     return Evaluation(
         top1=100 * int(hit[:, 0].sum()) / len(images),

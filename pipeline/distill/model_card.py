@@ -99,8 +99,17 @@ def _front_matter(record: Any) -> str:
         "metrics": ["accuracy"],
         "model-index": [{"name": _title(record).replace("`", ""), "results": [result]}] if metrics else [],
     }
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]
+    lines = [f"{key}: {_yaml(value)}" for key, value in fields.items() if value]
     return "\n".join(["---", *lines, "---"]) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    """Write JSON, which is YAML but for small numbers: a reader of YAML 1.1 takes 1e-05 for a word."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_yaml(key)}: {_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    return f"{value:.6f}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def _title(record: Any) -> str:

@@ -1,14 +1,15 @@
 """What a student says of single image files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.data import to_rgb
-from pipeline.distill.images import fit_to
+from pipeline.distill.images import StripImageError, fit_to
 from pipeline.distill.student import Student
 from pipeline.errors import PipelineError, first_line
 
@@ -30,7 +31,7 @@ def predict(student: Student, paths: Sequence[Path], device: torch.device) -> li
         PipelineError: a file is missing or not an image; none is classified then.
     """
     fit = fit_to(student.config.image_size)
-    images = [np.array(fit(_open(path))) for path in paths]
+    images = [_read(path, fit) for path in paths]
     best = []
     for image in images:
         with torch.inference_mode():
@@ -39,6 +40,13 @@ def predict(student: Student, paths: Sequence[Path], device: torch.device) -> li
         names = [student.config.class_names[index] for index in top.indices.tolist()]
         best.append(list(zip(names, top.values.tolist(), strict=True)))
     return best
+
+
+def _read(path: Path, fit: Callable[[Image.Image], Image.Image]) -> NDArray[np.uint8]:
+    try:
+        return np.array(fit(_open(path)))
+    except StripImageError as error:
+        raise PipelineError(f"{path}: is too long for its width ({error}). Crop it first.") from None
 
 
 def _open(path: Path) -> Image.Image:

@@ -20,6 +20,7 @@ _MAX_BYTES = 100_000_000  # of config.json with a million class names
 _MAX_CHARACTERS = 200  # of one name
 # Options that the command has from elsewhere in the record, or that say how to write.
 _APART = frozenset({"artifact", "data", "dataset", "device", "max_steps", "out", "overrides", "overwrite", "precision"})
+_PATHS = frozenset({"init", "recipe"})  # or may be
 _FLAGS = {"config": "--dataset-config", "revision": "--dataset-revision"}
 
 
@@ -89,12 +90,20 @@ def _parts(record: Any) -> Iterator[str]:
     data["revision"] = recorded(record, "data", "revision") or data.get("revision")
     yield from _options(DataSettings.model_fields, data)
     yield from _options(DistillSettings.model_fields, settings)
-    overrides = recorded(settings, "overrides")
-    for name, value in overrides.items() if isinstance(overrides, Mapping) else ():
+    for name, value in _overrides(recorded(settings, "overrides")):
         yield f"--set {_argument(f'{name}={json.dumps(value)}')}"
     yield from _options(DistillSettings.model_fields, recorded(record, "compute"), apart=frozenset())
     yield f"--max-steps {_argument(recorded(record, 'result', 'num_steps'))}"
     yield "--out run"
+
+
+def _overrides(overrides: Any) -> Iterator[tuple[str, Any]]:
+    """Name each setting by itself: JSON, as which it is written, is TOML for all but tables."""
+    for name, value in overrides.items() if isinstance(overrides, Mapping) else ():
+        if isinstance(value, Mapping):  # there are none within others
+            yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
 
 
 def _options(fields: Mapping[str, FieldInfo], settings: Any, apart: Collection[str] = _APART) -> Iterator[str]:
@@ -103,7 +112,7 @@ def _options(fields: Mapping[str, FieldInfo], settings: Any, apart: Collection[s
         if name in apart or value is None or value == field.default:
             continue
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
-        yield flag if value is True else f"{flag} {_argument(base_name(value))}"
+        yield flag if value is True else f"{flag} {_argument(base_name(value) if name in _PATHS else value)}"
 
 
 def _argument(value: Any) -> str:

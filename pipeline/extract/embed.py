@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data import BadImageError, Labelled, sample_key
+from pipeline.data import BadImageError, Labelled, UnreadableImageError, raise_bad, sample_key
 from pipeline.errors import PipelineError
 from pipeline.extract.batches import Batch, Rendering, read_batches
 from pipeline.extract.chunk_files import ChunkFiles
@@ -111,6 +111,8 @@ class Embedder:
                 continue
             row = int(np.flatnonzero(self.data.numbers == chunk["row"][0])[0])
             (image,) = self.data.read([row])
+            if isinstance(image, UnreadableImageError):  # nothing is known of it
+                raise image
             if isinstance(image, BadImageError) or sample_key(image) != chunk["key"][0].tobytes():
                 raise PipelineError(
                     f"{partial.path}: row {chunk['row'][0]} was another image when it was embedded (sample key "
@@ -183,8 +185,7 @@ class Embedder:
         on_gpu = self.teacher.model.device.type == "cuda"
         launched: deque[tuple[Batch, _Result]] = deque()
         for batch in read_batches(self.data, cuts, self.rendering, self.num_workers, pin=on_gpu):
-            if batch.bad and not self.settings.skip_bad:
-                raise batch.bad[0]
+            raise_bad(batch.bad, skip_bad=self.settings.skip_bad)
             launched.append((batch, _Result([self.teacher.embed(view) for view in batch.pixels])))
             if len(launched) > on_gpu:
                 yield self._finish(*launched.popleft(), bar)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import BadImageError, Labelled, load_labelled, sample_key
+from pipeline.data import BadImageError, Labelled, load_labelled, raise_bad, sample_key
 from pipeline.errors import PipelineError, listed
 from pipeline.extract.sampling import sample_rows
 from pipeline.progress import ProgressBar
@@ -150,6 +150,7 @@ class _Finder:
 
     def read(self, rows: Rows, wanted: int) -> None:
         images = self._data.read(rows.tolist())
+        raise_bad([image for image in images if isinstance(image, BadImageError)], skip_bad=True)
         decoded = [index for index, image in enumerate(images) if not isinstance(image, BadImageError)]
         keys = [sample_key(image) for image in images if not isinstance(image, BadImageError)]
         found = self.found

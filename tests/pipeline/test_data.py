@@ -1,5 +1,6 @@
 """Labelled images from whatever `datasets` loads, and who each image is."""
 
+import errno
 import hashlib
 import importlib
 import io
@@ -14,7 +15,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import BadImageError, DataSettings, evaluation_split, load_labelled, sample_key, to_rgb
+from pipeline.data import (
+    BadImageError,
+    DataSettings,
+    UnreadableImageError,
+    evaluation_split,
+    load_labelled,
+    raise_bad,
+    sample_key,
+    to_rgb,
+)
 from pipeline.errors import PipelineError
 from tests.conftest import CLASS_NAMES, make_images, make_split
 
@@ -499,11 +509,76 @@ def test_an_image_file_that_has_gone_is_an_error(tmp_path: Path) -> None:
 
 def test_an_error_without_text_is_named_by_its_kind(saved_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        raise MemoryError
+        raise EOFError
 
     monkeypatch.setattr(Image, "open", fail)
     error = load_labelled(DataSettings(dataset=str(saved_data))).read([2])[0]
-    assert str(error) == f"{saved_data}, split train, row 2: the image cannot be decoded (MemoryError). {ADVICE}"
+    assert str(error) == f"{saved_data}, split train, row 2: the image cannot be decoded (EOFError). {ADVICE}"
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error"),
+        (OSError(errno.ESTALE, "Stale file handle"), f"[Errno {errno.ESTALE}] Stale file handle"),
+        (OSError(errno.EMFILE, "Too many open files"), "[Errno 24] Too many open files"),
+        (MemoryError(), "MemoryError"),
+        (OSError("out of memory error when reading image file"), "out of memory error when reading image file"),
+    ],
+    ids=str,
+)
+def test_a_failure_that_may_pass_is_no_property_of_the_image(
+    saved_data: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    data = load_labelled(DataSettings(dataset=str(saved_data)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        (error,) = data.read([0])
+    assert isinstance(error, UnreadableImageError)
+    assert str(error) == (
+        f"{saved_data}, split train, row 0: the image could not be read just now ({reason}). Give the same command "
+        "again; if it fails every time, see to the disk and to free memory."
+    )
+    assert isinstance(data.read([0])[0], Image.Image)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_file_that_stays_unreadable_is_a_bad_image(
+    saved_data: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Image, "open", fail)
+    (error,) = load_labelled(DataSettings(dataset=str(saved_data))).read([0])
+    assert type(error) is BadImageError
+    assert str(error).endswith(f": the image cannot be decoded ([Errno {number}] no). {ADVICE}")
+
+
+def test_rows_that_cannot_be_read_at_all_are_errors_that_may_pass(
+    saved_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: datasets.Dataset, rows: list[int]) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    data = load_labelled(DataSettings(dataset=str(saved_data)))
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", fail)
+    errors = data.read([3, 4])
+    assert [type(error) for error in errors] == [UnreadableImageError] * 2
+    assert str(errors[1]).startswith(f"{saved_data}, split train, row 4: the image could not be read just now (")
+
+
+def test_of_images_that_are_no_use_only_the_bad_ones_may_be_left_out() -> None:
+    bad, unreadable = BadImageError("bad"), UnreadableImageError("unreadable")
+    raise_bad([], skip_bad=False)
+    raise_bad([bad, bad], skip_bad=True)
+    with pytest.raises(BadImageError, match=r"^bad$"):
+        raise_bad([bad, unreadable], skip_bad=False)
+    with pytest.raises(UnreadableImageError, match=r"^unreadable$"):
+        raise_bad([bad, unreadable], skip_bad=True)
 
 
 def test_bytes_that_are_no_image_say_the_same_every_time(tmp_path: Path) -> None:

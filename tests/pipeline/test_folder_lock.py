@@ -73,3 +73,34 @@ def test_a_file_that_is_removed_before_it_is_locked_locks_nobody_out(
     assert first.held
     with pytest.raises(PipelineError, match=r"^busy here$"):
         FolderLock(tmp_path, "busy here").take()
+
+
+def test_who_waits_for_a_file_that_is_removed_meanwhile_locks_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, flock = FolderLock(tmp_path, "busy"), FolderLock(tmp_path, "busy"), fcntl.flock
+    first.take()
+
+    def late(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and first.held:  # whoever has the lock takes the file away, and ends
+            assert not second.held
+            (tmp_path / LOCK_NAME).unlink()
+            first.release()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.wait()
+    assert second.held
+    with pytest.raises(PipelineError, match=r"^busy here$"):
+        FolderLock(tmp_path, "busy here").take()
+
+
+def test_who_gives_up_waiting_has_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(file: Any, operation: int) -> None:
+        raise BlockingIOError if operation & fcntl.LOCK_NB else KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupt)
+    lock = FolderLock(tmp_path, "busy")
+    with pytest.raises(KeyboardInterrupt):
+        lock.wait()
+    assert not lock.held

@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import shutil
@@ -380,6 +381,23 @@ def test_a_bad_image_stops_although_the_others_are_in_the_cache(partly_bad: Labe
     get(partly_bad, folder, skip_bad=True)
     assert refusal(partly_bad, folder) == plainly
     assert len(get(partly_bad, folder, skip_bad=True)) == 2
+
+
+def test_an_image_that_cannot_be_read_for_a_while_stops_and_is_not_left_out_for_good(
+    partly_bad: Labelled, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.open", fail)
+        assert refusal(partly_bad, folder, skip_bad=True) == (
+            f"{tmp_path / 'data'}, split train, row 0: the image could not be read just now "
+            "([Errno 5] Input/output error). Give the same command again; if it fails every time, see to the disk and "
+            "to free memory."
+        )
+    assert entries(folder) == []
+    assert get(partly_bad, folder, skip_bad=True).source_rows.tolist() == [0, 2]
 
 
 def test_a_row_that_can_be_decoded_after_all_is_not_left_out(

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -212,7 +214,7 @@ def test_a_killed_run_leaves_nothing_that_the_next_one_trips_over(
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (folder,) = tmp_path.iterdir()
-    assert f"{name}.{child}.tmp" in file_names(folder)
+    assert any(re.fullmatch(rf"{name}\..+\.{child}\.tmp", left) for left in file_names(folder))
     assert (get(saved_data, tmp_path).pixels[:, 0] == np.stack([np.array(image) for image in make_images(30, 0)])).all()
     assert file_names(folder) == WHOLE
 
@@ -251,6 +253,26 @@ def test_on_a_disk_without_locks_the_unfinished_files_of_others_stay(
     assert write(tmp_path).read() is not None
     assert file_names(tmp_path / ENTRY) == sorted([*WHOLE, "pixels.123.tmp"])
     assert "pixels.123.tmp" in file_names(elsewhere)
+
+
+def test_hosts_that_share_a_disk_write_files_of_different_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, names = Path.replace, list[str]()
+
+    def watch(self: Path, target: Path) -> Path:
+        names.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watch)
+    for host in ("alpha", "b/[e]*ta.example"):
+        monkeypatch.setattr(platform, "node", lambda host=host: host)
+        assert write(tmp_path).read() is not None
+    process = os.getpid()
+    assert [name for name in names if name.startswith("keys")] == [
+        f"keys.alpha.{process}.tmp",
+        f"keys.b--e--ta-example.{process}.tmp",
+    ]
 
 
 def test_an_entry_that_is_finished_at_the_last_moment_is_not_removed(

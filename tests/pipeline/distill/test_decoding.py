@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import select
@@ -16,6 +17,7 @@ from PIL import Image
 
 from pipeline.data import Labelled, sample_key
 from pipeline.distill import decoding
+from pipeline.distill.cache import cached_images
 from pipeline.distill.decoding import Block, ReplayedViews, decode_blocks
 from pipeline.distill.images import fit_to
 from pipeline.errors import PipelineError
@@ -87,6 +89,18 @@ def test_what_cannot_be_decoded_comes_as_an_error_beside_the_rest(tmp_path: Path
     assert [str(error).split(": ")[0] for error in found.bad] == [
         f"{tmp_path / 'data'}, split train, row 0",
         f"{tmp_path / 'data'}, split train, row 2",
+    ]
+
+
+def test_a_strip_that_would_take_gigabytes_is_a_bad_image(tmp_path: Path) -> None:
+    found = one_block([png(noise(8, 8)), png(Image.new("L", (1, 65_000))), png(noise(9, 9))], tmp_path / "data", 32)
+    assert found.rows.tolist() == [0, 2]
+    assert found.keys.tobytes() == sample_key(noise(8, 8)) + sample_key(noise(9, 9))
+    assert (found.pixels[1, 0] == np.asarray(fit_to(32)(noise(9, 9)))).all()
+    assert [str(error) for error in found.bad] == [
+        f"{tmp_path / 'data'}, split train, row 1: the image cannot be decoded (it has 1×65000 pixels, 66,560,000 with "
+        "a shorter side of 32; at most 50,000,000 are taken). Mend or remove it, or pass --skip-bad to leave such "
+        "images out and count them."
     ]
 
 
@@ -203,6 +217,49 @@ def test_an_unforeseen_error_is_not_taken_for_a_dead_process(tmp_path: Path, mon
     monkeypatch.setattr(Labelled, "read", fail)
     with pytest.raises(RuntimeError, match=r"^unforeseen$"):
         list(blocks)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "[Errno 24] Too many open files"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_what_fails_around_decoding_is_said_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, reason: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    data = labelled(make_split(3, 0), tmp_path / "data")
+    monkeypatch.setattr(decoding, "DataLoader", fail)
+    with pytest.raises(PipelineError) as caught:
+        cached_images(data, 8, skip_bad=True, cache=tmp_path / "cache")
+    assert str(caught.value) == (
+        f"images cannot be decoded just now ({reason}). Close other programs, and give the same command again."
+    )
+
+
+@reaches_processes
+@pytest.mark.usefixtures("several")
+def test_what_fails_in_a_decoding_process_is_said_without_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, test = labelled(make_split(3, 0), tmp_path / "data"), os.getpid()
+
+    def fail(image: Image.Image) -> bytes:
+        if os.getpid() != test:
+            raise OSError(errno.EIO, "Input/output error")
+        return sample_key(image)
+
+    monkeypatch.setattr(decoding, "sample_key", fail)
+    with pytest.raises(PipelineError) as caught:
+        list(decode_blocks(data, 8))
+    assert str(caught.value) == (
+        "images cannot be decoded just now (OSError: [Errno 5] Input/output error). Close other programs, and give the "
+        "same command again."
+    )
 
 
 def test_every_core_that_the_process_may_use_is_used_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,17 @@ def test_every_answer_is_in_the_top_five_of_fewer_than_five_classes() -> None:
     assert found.top5 == 100
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_students_mode_stays_even_after_an_error(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = recite(RANKINGS).train(training)
+    evaluate_student(student, images_of(LABELS), CPU, torch.float32, 64)
+    assert student.training == training
+    monkeypatch.setattr(student, "normalise", lambda pixels: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception, match=r"^stopped$"):
+        evaluate_student(student, images_of(LABELS), CPU, torch.float32, 64)
+    assert student.training == training
+
+
 def test_selected_images_are_evaluated() -> None:
     chosen = images_of(LABELS).select(np.array([6, 0, 3]))
     found = evaluate_student(recite(RANKINGS), chosen, CPU, torch.float32, 64)

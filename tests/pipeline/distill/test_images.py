@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import timm.data
 import torch
+from PIL import Image
 
-from pipeline.distill.images import fit_to, held_out
+from pipeline.distill import images
+from pipeline.distill.images import StripImageError, fit_to, held_out
 from tests.conftest import make_split
 from tests.pipeline.distill.examples import decoded, noise
 
@@ -54,3 +56,19 @@ def test_the_same_images_are_held_out_on_every_machine() -> None:
     keys[1:, 8:] = 10
     keys[3, 0] = 1  # 2⁵⁶ ends in 6
     assert held_out(keys).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1)])
+def test_a_strip_is_refused_before_memory_is_taken(size: tuple[int, int]) -> None:
+    with pytest.raises(StripImageError) as caught:
+        fit_to(32)(Image.new("RGB", size))
+    assert str(caught.value) == (
+        f"it has {size[0]}×{size[1]} pixels, 66,560,000 with a shorter side of 32; at most 50,000,000 are taken"
+    )
+
+
+def test_a_long_image_of_fewer_pixels_is_fitted_and_so_is_any_square() -> None:
+    assert fit_to(32)(Image.new("RGB", (2, 5_000))).size == (32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "MAX_RESIZED_PX", 100)
+        assert fit_to(32)(Image.new("RGB", (9, 9))).size == (32, 32)

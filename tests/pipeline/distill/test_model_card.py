@@ -79,6 +79,14 @@ def test_the_front_matter_is_what_the_hub_knows() -> None:
     }
 
 
+def test_an_accuracy_of_almost_nothing_is_a_number() -> None:
+    result = RECORD["result"] | {"top1": 0.001, "top5": 0}
+    matter = front_matter(model_card(CONFIG, RECORD | {"result": result}))
+    values = [metric["value"] for metric in matter["model-index"][0]["results"][0]["metrics"]]
+    assert values == [1e-05, 0.0]
+    assert {type(value) for value in values} == {float}
+
+
 def test_the_hubs_own_library_reads_it() -> None:
     data: Any = ModelCard(model_card(CONFIG, RECORD)).data
     assert data.library_name == "timm"

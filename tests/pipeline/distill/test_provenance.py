@@ -1,3 +1,4 @@
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 import cli
 from pipeline.distill.provenance import base_name, plain, read_json, read_record, recorded, training_command
-from pipeline.distill.recipe import load_recipe
+from pipeline.distill.recipe import load_recipe, parse_overrides
 from pipeline.errors import PipelineError
 
 RECORD: dict[str, Any] = {
@@ -74,6 +75,33 @@ def test_the_command_is_that_of_the_run_without_paths_of_the_machine() -> None:
         *("--set", 'schedule="cosine"', "--set", "centre=true"),
         *("--precision", "bfloat16", "--device", "cuda", "--max-steps", "156400", "--out", "run"),
     ]
+
+
+def test_only_paths_are_shortened() -> None:
+    data = {"config": "a/b", "split": "a/c", "image_column": "a/img", "label_column": "a/label"}
+    settings = {"data": data, "init": "/home/me/run", "recipe": "own/recipe.toml", "eval_split": "a/dev"}
+    found = words(RECORD | {"data": {"name": "owner/images", "revision": "refs/convert/parquet"}, "settings": settings})
+    options = dict(zip(found[2::2], found[3::2], strict=True))
+    assert options["--dataset-revision"] == "refs/convert/parquet"
+    assert options["--dataset-config"] == "a/b"
+    assert options["--split"] == "a/c"
+    assert options["--image-column"] == "a/img"
+    assert options["--label-column"] == "a/label"
+    assert options["--eval-split"] == "a/dev"
+    assert (options["--init"], options["--recipe"]) == ("run", "recipe.toml")
+
+
+def test_overrides_are_read_again_as_they_were() -> None:
+    table = parse_overrides(["augmentation={mixup_alpha=0.8, cutmix_alpha=0.5}", "learning_rate=1e-5", "epochs=3"])
+    found = words({"settings": {"overrides": table}})
+    again = parse_overrides([value for flag, value in itertools.pairwise(found) if flag == "--set"])
+    assert again == {
+        "augmentation.mixup_alpha": 0.8,
+        "augmentation.cutmix_alpha": 0.5,
+        "learning_rate": 1e-5,
+        "epochs": 3,
+    }
+    assert load_recipe("paper", again) == load_recipe("paper", table)
 
 
 def test_the_command_has_options_that_exist() -> None:

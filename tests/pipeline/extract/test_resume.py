@@ -1,5 +1,6 @@
 """An extraction that was stopped goes on where it was, alone or shared, and ends in the same bytes."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 import store
-from pipeline.data import DataSettings
+from pipeline.data import DataSettings, Labelled, UnreadableImageError
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractSettings, extract
 from pipeline.extract.embed import Embedder
@@ -61,6 +62,27 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int) -> None:
         return embed(self, pixels)
 
     monkeypatch.setattr(Teacher, "embed", embed_or_stop)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_for_a_while_stops_and_the_same_command_goes_on(
+    settings: Callable[..., ExtractSettings], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    whole, stopped = settings("whole.h5"), settings("a.h5", skip_bad=True, workers=workers)
+    extract(whole)
+    read = Labelled._decode
+
+    def fail(self: Labelled, row: int, cell: Any) -> Any:
+        return self._unreadable(row, OSError(errno.EIO, "Input/output error")) if row == 20 else read(self, row, cell)
+
+    with monkeypatch.context() as context:
+        context.setattr(Labelled, "_decode", fail)
+        with pytest.raises(UnreadableImageError, match=r"row 20: the image could not be read just now \(\[Errno 5\]"):
+            extract(stopped)
+    assert len(PartialFolder(partial_path(stopped.out)).finished()) == 2
+    assert extract(stopped).manifest.sampling.skipped_images == 0
+    with store.open_artifact(whole.out) as expected, store.open_artifact(stopped.out) as found:
+        assert np.array_equal(found["sample/key"], expected["sample/key"])
 
 
 @pytest.mark.parametrize("num_batches", [2, 3, 7])
