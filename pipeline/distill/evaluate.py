@@ -76,7 +76,6 @@ def evaluate_student(
             ProgressBar("evaluating", len(images)) as bar,
             torch.inference_mode(),
             torch.autocast(device.type, precision, enabled=precision != torch.float32),
-            batch_must_fit(batch_size, "evaluation"),
         ):
             for start in range(0, len(images), batch_size):
                 pixels = send(torch.from_numpy(images.pixels[images.places[start : start + batch_size], 0]), device)
@@ -144,4 +143,5 @@ def evaluate_run(settings: EvaluateSettings) -> Evaluation:
     data = replace(data, labels=learned_labels(data, class_names), class_names=class_names)
     images = cached_images(data, student.config.image_size, skip_bad=settings.skip_bad, cache=settings.cache)
     precision = resolve_precision(settings.precision, device)
-    return evaluate_student(student, images, device, precision, settings.batch_size)
+    with batch_must_fit(settings.batch_size, "evaluation"):
+        return evaluate_student(student, images, device, precision, settings.batch_size)

@@ -423,7 +423,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_not(
 def test_a_finished_run_that_is_gone_on_with_is_evaluated_and_nothing_else(
     tmp_path: Path, unbroken: Unbroken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(EVERYTHING, tmp_path)
+    expected, place = unbroken(EVERYTHING), Place(EVERYTHING, tmp_path)
     first = place.train()
     newest = tmp_path / "run" / "checkpoints" / "00000006" / "tensors.safetensors"
     written = newest.stat().st_mtime_ns
@@ -432,7 +432,7 @@ def test_a_finished_run_that_is_gone_on_with_is_evaluated_and_nothing_else(
     assert (second.top1, second.top5) == (first.top1, first.top5)
     assert second.correct.tolist() == first.correct.tolist()
     assert newest.stat().st_mtime_ns == written
-    assert read(tmp_path / "run") == unbroken(EVERYTHING)
+    assert read(tmp_path / "run") == expected
 
 
 # Damaged, and not finite
