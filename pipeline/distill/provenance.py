@@ -24,6 +24,19 @@ _PATHS = frozenset({"init", "recipe"})  # or may be
 _FLAGS = {"config": "--dataset-config", "revision": "--dataset-revision"}
 
 
+def parse_json(path: Path) -> Any:
+    """Read a file of JSON, unless it is larger than any that is written here.
+
+    Raises:
+        OSError: it cannot be opened or read.
+        ValueError: it is too large, or not JSON.
+        RecursionError: it is too deep.
+    """
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"larger than {_MAX_BYTES:,} bytes")
+    return json.loads(path.read_text("utf-8"))
+
+
 def read_json(path: Path) -> Any:
     """Read a file of JSON.
 
@@ -31,9 +44,7 @@ def read_json(path: Path) -> Any:
         PipelineError: it cannot be read.
     """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES:,} bytes")
-        return json.loads(path.read_text("utf-8"))
+        return parse_json(path)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise PipelineError(f"{path}: cannot be read ({reason}).") from None

@@ -6,7 +6,6 @@ The folder opens with timm, with transformers and here, with equal logits. Nothi
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,45 +18,19 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 
 from pipeline.distill.recipe import Recipe
+from pipeline.distill.student_document import MAX_IMAGE_PX, check_demands, read_config, student_document
+from pipeline.distill.student_document import StudentConfig as StudentConfig
 from pipeline.errors import PipelineError
 from pipeline.output import write_atomically
+from pipeline.runtime import batch_must_fit
 
 _ALIGNMENT_BYTES = 64
 _DTYPE_CODES = {torch.float32: "F32", torch.int64: "I64"}
 # Table I: layers, width, heads; the MLP is four times as wide as the embedding.
 _TABLE_I = {"base": (6, 256, 8), "large": (10, 512, 8)}
 _PATCH_PX = 4
-# A student's folder may come from a stranger: timm's factory also takes arguments that load other files.
-_MODEL_ARGS = frozenset(
-    {
-        "img_size",
-        "patch_size",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "pre_norm",
-        "act_layer",
-        "attn_drop_rate",
-        "drop_path_rate",
-    }
-)
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """Everything that rebuilds a student but its weights.
-
-    `mean` and `std` are of RGB in 0…1. Images are resized (bicubic) to `image_size` on their shorter side and
-    cropped at the centre.
-    """
-
-    architecture: str
-    model_args: Mapping[str, Any]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    class_names: tuple[str, ...]
+_BUILD_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+_TRIED_IMAGES = 2
 
 
 class Student(nn.Module):
@@ -119,8 +92,12 @@ def student_config(name: str, image_size: int, class_names: tuple[str, ...], rec
         The configuration.
 
     Raises:
-        PipelineError: timm has no such model.
+        PipelineError: timm has no such model, or no student is so large.
     """
+    if image_size > MAX_IMAGE_PX:
+        raise PipelineError(
+            f"student {name!r}: image size {image_size} is above {MAX_IMAGE_PX}. Pass a smaller --image-size."
+        )
     if name in _TABLE_I:
         depth, width, num_heads = _TABLE_I[name]
         args: dict[str, Any] = {
@@ -163,23 +140,22 @@ def build_student(config: StudentConfig) -> Student:
         The student, on the CPU, in evaluation mode.
 
     Raises:
-        PipelineError: it does not take images of this size, has no stochastic depth where the recipe wants it, or
-            cannot be split into embedding and classifier.
+        PipelineError: it does not take images of this size, has no stochastic depth where the recipe wants it,
+            cannot be split into embedding and classifier, or does not fit into memory.
     """
     size, where = config.image_size, f"student {config.architecture}"
     try:
-        model = timm.create_model(
-            config.architecture, pretrained=False, num_classes=len(config.class_names), **config.model_args
-        )
-        _check_patch(model, size, where)
-        student = Student(model, config).eval()
-        with torch.no_grad():
-            pixels = torch.zeros(2, 3, size, size)
-            if not isinstance(model.get_classifier(), nn.Linear):
-                raise PipelineError(f"{where}: its classifier is not one linear layer. Choose another timm model.")
-            embedding, logits = student(pixels)
-            whole = model(pixels)
-    except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        with batch_must_fit(_TRIED_IMAGES, where, smallest=_TRIED_IMAGES):
+            model = _create(config)
+            _check_patch(model, size, where)
+            student = Student(model, config).eval()
+            with torch.no_grad():
+                pixels = torch.zeros(_TRIED_IMAGES, 3, size, size)
+                if not isinstance(model.get_classifier(), nn.Linear):  # type: ignore[operator]
+                    raise PipelineError(f"{where}: its classifier is not one linear layer. Choose another timm model.")
+                embedding, logits = student(pixels)
+                whole = model(pixels)
+    except _BUILD_ERRORS as error:
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if "'drop_path_rate'" in detail:
             raise PipelineError(f"{where}: has no stochastic depth. Pass --set stochastic_depth=0.") from None
@@ -199,23 +175,7 @@ def save_student(student: Student, folder: Path) -> None:
         folder: made if it does not exist.
     """
     folder.mkdir(exist_ok=True)
-    config = student.config
-    document = {
-        "architecture": config.architecture,
-        "num_classes": len(config.class_names),
-        "num_features": student.embed_dim,
-        "label_names": list(config.class_names),
-        "model_args": dict(config.model_args),
-        "pretrained_cfg": {
-            "input_size": [3, config.image_size, config.image_size],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "num_classes": len(config.class_names),
-        },
-    }
+    document = student_document(student.config, student.embed_dim)
     text = json.dumps(document, indent=2, ensure_ascii=False)
     write_atomically(folder / "config.json", text.encode())
     weights = {name: tensor.detach().cpu() for name, tensor in student.model.state_dict().items()}
@@ -238,29 +198,38 @@ def load_student(folder: Path) -> Student:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise PipelineError(f"{folder}: no student here ({name} is missing). Pass a run directory.")
+    config = read_config(folder)
     try:
-        document = json.loads((folder / "config.json").read_text("utf-8"))
-        preprocessing = document["pretrained_cfg"]
-        config = StudentConfig(
-            architecture=str(document["architecture"]),
-            model_args=dict(document["model_args"]),
-            image_size=int(preprocessing["input_size"][1]),
-            mean=tuple(map(float, preprocessing["mean"])),  # type: ignore[arg-type]
-            std=tuple(map(float, preprocessing["std"])),  # type: ignore[arg-type]
-            class_names=tuple(map(str, document["label_names"])),
-        )
         weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise PipelineError(f"{folder}: the student is damaged ({type(error).__name__}: {error}).") from None
-    if not timm.is_model(config.architecture) or not set(config.model_args) <= _MODEL_ARGS:
-        raise PipelineError(f"{folder}: config.json does not describe a student of this program.")
-    student = build_student(config)
+    check_demands(config, weights, folder)
     try:
-        student.model.load_state_dict(weights)
+        with torch.device("meta"):  # a model of any size takes no memory there
+            outline = _create(config)
+    except _BUILD_ERRORS:
+        outline = None  # it can be built in memory alone, or not at all, and then building says why
+    if outline is not None:
+        _load(outline, {name: tensor.to("meta") for name, tensor in weights.items()}, folder)
+    student = build_student(config)
+    _load(student.model, weights, folder)
+    return student
+
+
+def _create(config: StudentConfig) -> nn.Module:
+    num_classes = len(config.class_names)
+    model: nn.Module = timm.create_model(
+        config.architecture, pretrained=False, num_classes=num_classes, **config.model_args
+    )
+    return model
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> None:
+    try:
+        model.load_state_dict(weights)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise PipelineError(f"{folder}: model.safetensors does not fit config.json ({detail}).") from None
-    return student
 
 
 def _encode_weights(weights: Mapping[str, Tensor]) -> bytes:

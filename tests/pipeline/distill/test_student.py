@@ -389,6 +389,96 @@ def test_an_image_size_that_cannot_be_is_refused(size: object, saved: Path) -> N
     assert load_refusal(saved)
 
 
+NO_STUDENT = "config.json does not describe a student of this program"
+NO_FIT = "model.safetensors does not fit config.json"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("label_names", "abc", f"{NO_STUDENT}: label_names is no list of names."),
+        ("label_names", ["ant", "bee", 3], f"{NO_STUDENT}: label_names is no list of names."),
+        ("label_names", ["ant", "bee", "ant"], f"{NO_STUDENT}: a name stands twice in label_names."),
+        ("input_size", [3, 0, 0], f"{NO_STUDENT}: input_size is 0, expected 1 to 4096."),
+        ("input_size", [3, 4097, 4097], f"{NO_STUDENT}: input_size is 4097, expected 1 to 4096."),
+        ("input_size", [3, 64, 64], f"{NO_STUDENT}: img_size is 32, input_size 64."),
+        ("mean", [0, float("nan"), 0], f"{NO_STUDENT}: mean is [0.0, nan, 0.0], expected three numbers."),
+        ("mean", [0], f"{NO_STUDENT}: mean is [0.0], expected three numbers."),
+        ("std", [1, 0, 1], f"{NO_STUDENT}: std is [1.0, 0.0, 1.0], expected three numbers above 0."),
+        ("std", [1, 1, float("inf")], f"{NO_STUDENT}: std is [1.0, 1.0, inf], expected three numbers above 0."),
+        ("label_names", [str(name) for name in range(5_000)], f"{NO_FIT} (number of label_names is 5000, "),
+        ("depth", 10_000_000, f"{NO_FIT} (depth is 10000000, tensors there are 80)."),
+        ("embed_dim", 6_400, f"{NO_FIT} (embed_dim is 6400, longest side of a tensor "),
+        ("patch_size", 10**30, f"{NO_FIT} (patch_size is {10**30}, longest side of a tensor "),
+        ("mlp_ratio", 1e9, f"{NO_FIT} (Error(s) in loading state_dict for VisionTransformer: "),
+        ("embed_dim", 128, f"{NO_FIT} (Error(s) in loading state_dict for VisionTransformer: "),
+    ],
+)
+def test_what_a_stranger_asks_for_is_refused_before_it_takes_memory(
+    field: str, value: object, message: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(document: Document) -> None:
+        among_args = field in ("depth", "embed_dim", "patch_size", "mlp_ratio")
+        part = document["model_args" if among_args else "pretrained_cfg"]
+        (document if field == "label_names" else part)[field] = value
+
+    change_config(saved, change)
+    monkeypatch.setattr("pipeline.distill.student.build_student", lambda config: pytest.fail("memory was taken"))
+    assert load_refusal(saved).startswith(f"{saved}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("depth", 1e7, "depth is 10000000.0, expected a whole number."),
+        ("embed_dim", [64], "embed_dim is [64], expected a whole number."),
+        ("num_heads", True, "num_heads is True, expected a whole number."),
+        ("mlp_ratio", "4", "mlp_ratio is '4', expected a number."),
+        ("pre_norm", 1, "pre_norm is 1, expected true or false."),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(field: str, value: object, message: str, saved: Path) -> None:
+    change_config(saved, lambda document: document["model_args"].update({field: value}))
+    assert load_refusal(saved) == f"student test_vit: {message}"
+
+
+def test_a_large_configuration_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.distill.provenance._MAX_BYTES", 100)
+    assert load_refusal(saved) == f"{saved}: the student is damaged (ValueError: larger than 100 bytes)."
+
+
+def test_a_model_that_has_no_outline_without_memory_is_loaded_all_the_same(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = timm.create_model
+
+    def fail_without_memory(*args: Any, **kwargs: Any) -> Any:
+        if torch.empty(0).is_meta:
+            raise NotImplementedError("no such kernel")
+        return create(*args, **kwargs)
+
+    expected = weights_of(load_student(saved))
+    monkeypatch.setattr(timm, "create_model", fail_without_memory)
+    assert equal_weights(weights_of(load_student(saved)), expected)
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    assert build_refusal("test_resnet") == (
+        "out of memory: student test_resnet at batch size 2. A smaller model is needed."
+    )
+
+
+def test_no_student_is_made_that_could_not_be_loaded() -> None:
+    assert config_of("test_resnet", 4096).image_size == 4096
+    with pytest.raises(PipelineError) as caught:
+        config_of("test_resnet", 4097)
+    assert str(caught.value) == "student 'test_resnet': image size 4097 is above 4096. Pass a smaller --image-size."
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_missing_file_is_named(file: str, saved: Path) -> None:
     (saved / file).unlink()
