@@ -74,7 +74,7 @@ def measure_alignment(prepared: Prepared) -> Alignment:
     cka = linear_cka(means, method.class_embeddings.cpu().numpy()[present])
     if cka is not None:
         alignment |= {"class_cka": cka[0], "class_cka_by_chance": cka[1]}
-    if trainer.recipe.alpha2 or trainer.recipe.cosine_weight:  # else P learns nothing of images
+    if trainer.recipe.alpha2:  # else P learns nothing of images
         projected = _project(method.projection, method.class_embeddings)
         alignment |= class_cosines(embeddings, images.labels, projected)
         alignment |= _of_samples(prepared, method.projection)

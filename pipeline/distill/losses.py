@@ -77,18 +77,21 @@ def sample_contrastive_loss(
 
 
 def cosine_regression_loss(
-    student: Float[Tensor, "batch student_dim"], projected: Float[Tensor, "batch student_dim"]
+    regressed: Float[Tensor, "batch embed_dim"], sample_embeddings: Float[Tensor, "batch embed_dim"]
 ) -> Float[Tensor, " batch"]:
-    """Compute L_cos = 1 − ŝ_i·p̂_i (the paper's section II, without its other images).
+    """Compute L_cos = 1 − q̂_i·t̂_i, half the squared distance of unit vectors.
+
+    The feature mimicry of CLIP-KD (arXiv 2307.12732).
 
     Args:
-        student: s, raw.
-        projected: P t_i, the teacher embedding of the same image, raw.
+        regressed: q = Q s, the student's embedding brought to the teacher's space: in the student's space P t could
+            become the same for all images, and the loss 0.
+        sample_embeddings: t_i, the teacher embedding of the same image, raw or centred.
 
     Returns:
         One loss an image, in [0, 2].
     """
-    return 1 - F.cosine_similarity(student.float(), projected.float(), dim=1)
+    return 1 - F.cosine_similarity(regressed.float(), sample_embeddings.float(), dim=1)
 
 
 def soft_label_loss(

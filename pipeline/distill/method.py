@@ -83,8 +83,10 @@ class Method(nn.Module):
         embed_dim = targets.class_embeddings.shape[1]
         # P of the paper: R^D → R^d with bias, learned. It serves the loss only and is not part of the student.
         self.projection = nn.Linear(embed_dim, student.embed_dim)
-        # Q, the other way: a projection of the teacher's embeddings could shrink to meet the student's norms.
-        self.regressor = nn.Linear(student.embed_dim, embed_dim) if recipe.direction_weight else None
+        # Q, the other way: a projection of the teacher's embeddings could shrink to meet the student's norms, and drop
+        # what the student does not meet.
+        regresses = recipe.cosine_weight or recipe.direction_weight
+        self.regressor = nn.Linear(student.embed_dim, embed_dim) if regresses else None
         scale = torch.tensor(math.log(recipe.logit_scale))
         self.log_logit_scale = nn.Parameter(scale) if recipe.learn_logit_scale else None
         self.register_buffer("class_embeddings", targets.class_embeddings, persistent=False)
@@ -169,7 +171,7 @@ class Method(nn.Module):
         if self._weights["text"]:
             projected = self.projection(self.class_text)
             yield "text", class_prototype_loss(embeddings, projected, targets, self.logit_scale)
-        if self.regressor is not None:
+        if self.regressor is not None and self._weights["direction"]:
             means = targets @ self.class_embeddings
             norms = means.norm(dim=1)
             if part.samples is not None:
@@ -185,7 +187,7 @@ class Method(nn.Module):
                 embeddings, projected, samples.positives, candidates.joined, self.logit_scale
             )
             yield "clip", loss
-        if self._weights["cosine"]:
-            yield "cosine", cosine_regression_loss(embeddings, self.projection(samples.embeddings))
+        if self.regressor is not None and self._weights["cosine"]:
+            yield "cosine", cosine_regression_loss(self.regressor(embeddings), samples.embeddings)
         if samples.probabilities is not None:
             yield "soft_label", soft_label_loss(logits, samples.probabilities)

@@ -32,11 +32,11 @@ from pipeline.runtime import software_versions
 
 _SOFTWARE = ("torch", "torchvision", "timm", "datasets", "numpy", "pillow", "safetensors")
 _SCALAR_GROUPS = {"top1": "evaluation", "top5": "evaluation", "epoch": None, "step": None}
+_OF_STUDENT = ("result", "outcome")  # parts of the record that say how good the last student is
 # What a resumed run must share with the run before it: these parts of the record …
 _SHARED = ("settings", "recipe", "artifact", "data", "compute")
 # … without what only leads to something that another entry tells in full, or by its digest, or what changes last bits
 # and what is dropped at random.
-_OF_STUDENT = ("result", "outcome")  # the parts of the record that are of the last student
 _LAST_BITS = ("micro_batch", "compile")
 _NAMES = (
     *(("settings", name) for name in ("recipe", "overrides", "data", "eval_split", *_LAST_BITS)),

@@ -193,8 +193,8 @@ def test_some_rows_of_a_batch_have_the_losses_that_they_have_in_the_whole() -> N
 
 
 def test_cosine_loss_is_the_value_computed_by_hand() -> None:
-    projected = torch.tensor([[9.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])  # cosines 0.6, 1 and −1
-    assert cosine_regression_loss(STUDENT, projected).tolist() == pytest.approx([0.4, 0, 2], rel=1e-6)
+    samples = torch.tensor([[9.0, 0.0], [0.0, 0.1], [-1.0, 0.0]])  # cosines 0.6, 1 and −1
+    assert cosine_regression_loss(STUDENT, samples).tolist() == pytest.approx([0.4, 0, 2], rel=1e-6)
 
 
 def test_soft_label_loss_is_the_value_computed_by_hand() -> None:

@@ -150,7 +150,7 @@ def test_each_loss_is_that_of_the_batch(tmp_path: Path) -> None:
         means = batch.class_targets @ method.class_embeddings
         expected = {
             "ce": cross_entropy_loss(logits, batch.class_targets, 0.1),
-            "cosine": cosine_regression_loss(embeddings, method.projection(samples.embeddings)),
+            "cosine": cosine_regression_loss(regressed, samples.embeddings),
             "soft_label": soft_label_loss(logits, samples.probabilities),
             "direction": direction_norm_loss(regressed, means, samples.embeddings.norm(dim=1)),
             "text": class_prototype_loss(embeddings, text, batch.class_targets, 3.0),
@@ -199,8 +199,18 @@ def test_only_what_a_loss_needs_is_learned(tmp_path: Path) -> None:
 
     projection = {"projection.weight", "projection.bias"}
     assert learned() == projection
-    assert learned(direction_weight=1) == {*projection, "regressor.weight", "regressor.bias"}
+    for weight in ("direction_weight", "cosine_weight"):
+        assert learned(**{weight: 1}) == {*projection, "regressor.weight", "regressor.bias"}
     assert learned(learn_logit_scale=True) == {*projection, "log_logit_scale"}
+
+
+def test_cosine_regression_is_not_met_by_a_projection_that_forgets_images(tmp_path: Path) -> None:
+    method, batch = make(noise(), tmp_path, "sample", alpha2=0.0, cosine_weight=1.0)
+    found, (embeddings, _) = losses_of(method, batch)["cosine"], outputs(method, batch)
+    with torch.no_grad():
+        method.projection.weight.zero_()
+        method.projection.bias.copy_(embeddings.mean(dim=0))  # all images alike, and near the student's
+    assert losses_of(method, batch)["cosine"] == found > 0.5
 
 
 # By parts
@@ -237,7 +247,8 @@ def test_images_without_an_embedding_take_no_part_in_the_losses_of_samples(tmp_p
     with torch.no_grad():
         projected = method.projection(samples.embeddings[joined])
         clip = F.cross_entropy(3 * F.normalize(embeddings[joined]) @ F.normalize(projected).T, torch.arange(5))
-        cosine = cosine_regression_loss(embeddings[joined], projected).mean()
+        assert method.regressor is not None
+        cosine = cosine_regression_loss(method.regressor(embeddings[joined]), samples.embeddings[joined]).mean()
         assert samples.probabilities is not None
         soft_label = soft_label_loss(logits[joined], samples.probabilities[joined]).mean()
     assert found["clip"] == pytest.approx(clip.item(), rel=1e-5)
