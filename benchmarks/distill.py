@@ -72,6 +72,9 @@ NOT_ON_CPU = ("epochs",)
     help="of accuracy: train these only",
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="of accuracy: runs an arm")
+@click.option(
+    "--held-out", is_flag=True, help="of accuracy: judge by training images that are held out, as settings are chosen"
+)
 @click.option("--trial", is_flag=True, help="little data and short runs, without targets")
 def main(work: Path, only: tuple[str, ...], **options: Any) -> None:
     """Print every figure and write them to WORK/distill.json."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import click
 
 from benchmarks.distill_loops import Subject
-from benchmarks.distill_setup import Setup
+from benchmarks.distill_setup import Setup, held_out
 from benchmarks.extract_processes import run
 from benchmarks.extract_setup import KNOWN_DATA, KNOWN_TEACHER
 from benchmarks.figure_book import Figures
 
 TEST_IMAGES, TRIAL_TEST_IMAGES = 10_000, 100
+HELD_OUT_IMAGES, TRAINING_IMAGES = 5000, 50_000
 USUAL_ARMS = ("supervised", "class", "samples", "views")
 _KEPT = ("top1", "top5", "num_steps", "train_seconds", "images_per_second", "feed_share")
 _LEARNED = ("--set", "logit_scale=10", "--set", "learn_logit_scale=true")
@@ -79,25 +80,28 @@ def measure_accuracy(setup: Setup) -> Figures:
     """Train arms by seeds, one run each, and print a table of all that were ever trained at this scale.
 
     A run that was stopped goes on; one that is finished is left out. Each result is noted as it comes. Accuracies are
-    of the last epoch, on the test split.
+    of the last epoch, on the test split or on training images that are held out.
     """
     scale = "trial" if setup.trial else setup.scale
+    place = f"{scale}-held-out" if setup.held_out else scale
     known = setup.book.known("accuracy")
     every: Figures = known.get("runs", {})
-    runs: Figures = every.setdefault(scale, {})
+    runs: Figures = every.setdefault(place, {})
     wanted = [(arm, seed) for seed in range(setup.seeds) for arm in setup.arms]
     for arm, seed in wanted:
         name, options = f"{arm}-{seed}", _options(arm, seed, SCALES[scale])
         told = " ".join(options)
         if runs.get(name, {}).get("options") == told and "top1" in runs[name]:
             continue
-        runs[name] = {"arm": arm, "seed": seed, "options": told, **_train(setup, scale, name, options)}
+        out = setup.work / "accuracy" / place / name
+        trained = _train(setup, _data(setup, scale), arm, out, options)
+        runs[name] = {"arm": arm, "seed": seed, "options": told, **trained}
         setup.book.note("accuracy", {"runs": every})
-        click.echo(f"{scale}, {name}: {runs[name]}", err=True)
+        click.echo(f"{place}, {name}: {runs[name]}", err=True)
     lines = table(runs)
     click.echo("\n".join(lines))
     unfinished = [f"{arm}-{seed}" for arm, seed in wanted if "top1" not in runs[f"{arm}-{seed}"]]
-    tables = known.get("tables", {}) | {scale: lines}
+    tables = known.get("tables", {}) | {place: lines}
     return {"runs": every, "tables": tables, "checks": {"every run came to its end": not unfinished}}
 
 
@@ -138,13 +142,11 @@ def _options(arm: str, seed: int, scale: Scale) -> list[str]:
     return [*ARMS[arm].options, "--seed", str(seed), "--epochs", epochs, "--evaluate-every", epochs]
 
 
-def _train(setup: Setup, scale: str, name: str, options: list[str]) -> Figures:
-    data, kind = _data(setup, scale), ARMS[name.rpartition("-")[0]].kind
+def _train(setup: Setup, data: Path, arm: str, out: Path, options: list[str]) -> Figures:
     teacher = setup.made_teacher if setup.trial else KNOWN_TEACHER
-    out = setup.work / "accuracy" / scale / name
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        subject = Subject(setup.artifact(kind, data, teacher), data, setup.device)
+        subject = Subject(setup.artifact(ARMS[arm].kind, data, teacher), data, setup.device)
         told = run(setup.distill(subject, out, *options, "--resume"))
     except subprocess.CalledProcessError as error:  # it said why; the others go on
         return {"exit status": error.returncode}
@@ -153,4 +155,7 @@ def _train(setup: Setup, scale: str, name: str, options: list[str]) -> Figures:
 
 def _data(setup: Setup, scale: str) -> Path:
     images = SCALES[scale].images
+    if setup.held_out:
+        num_validation = setup.pick(HELD_OUT_IMAGES, TRIAL_TEST_IMAGES)
+        return held_out(setup.work, min(images, TRAINING_IMAGES - num_validation), num_validation)
     return KNOWN_DATA if scale == "full" else setup.subset(images, setup.pick(TEST_IMAGES, TRIAL_TEST_IMAGES))

@@ -1,16 +1,19 @@
 """What the benchmark of stage two is run on: data sets, artifacts and commands, each made once in WORK."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 
 from benchmarks import made_inputs
 from benchmarks.distill_loops import LABEL_COLUMN, Subject
 from benchmarks.extract_processes import run
 from benchmarks.extract_setup import KNOWN_DATA, KNOWN_TEACHER, ROOT
 from benchmarks.figure_book import FigureBook
+from benchmarks.made_inputs import NUM_CLASSES
 from pipeline.data import DataSettings, load_labelled
 from pipeline.runtime import resolve_device
 
@@ -34,6 +37,7 @@ class Setup:
     scale: str
     arms: tuple[str, ...]
     seeds: int
+    held_out: bool
     book: FigureBook
 
     @property
@@ -89,18 +93,40 @@ class Setup:
 def subset(work: Path, num_train: int, num_test: int) -> Path:
     """Return the folder of some of CIFAR-100: the first rows of each class in turn, made once in a folder."""
     folder = work / f"cifar100-{num_train}-{num_test}"
-    if not folder.exists():
-        datasets.disable_progress_bars()
-        with made_inputs.whole_folder(folder) as unfinished:
-            chosen = {"train": num_train, "test": num_test}
-            splits = {name: first_rows(name, number) for name, number in chosen.items()}
-            datasets.DatasetDict(splits).save_to_disk(str(unfinished))
-    return folder
+    return _made(folder, lambda: {"train": first_rows("train", num_train), "test": first_rows("test", num_test)})
+
+
+def held_out(work: Path, num_train: int, num_validation: int) -> Path:
+    """Return the folder of some training images of CIFAR-100, with others of them to judge by in place of test images.
+
+    Args:
+        work: where it is made, once.
+        num_train: the first rows of each class in turn.
+        num_validation: the last rows of each class in turn, none of them among the first.
+    """
+
+    def splits() -> dict[str, Any]:
+        rows = _rows("train")
+        labels, each = np.array(rows[LABEL_COLUMN]), num_validation // NUM_CLASSES
+        last = [np.flatnonzero(labels == label)[-each:] for label in range(NUM_CLASSES)]
+        return {"train": first_rows("train", num_train), "validation": rows.select(np.sort(np.concatenate(last)))}
+
+    return _made(work / f"cifar100-{num_train}-held-out-{num_validation}", splits)
 
 
 def first_rows(split: str, number: int) -> Any:
     """Return so many rows of a split of CIFAR-100, all classes in turn: images, and fine labels."""
     settings = DataSettings(dataset=str(KNOWN_DATA), split=split, label_column=LABEL_COLUMN, limit=number)
-    data = load_labelled(settings)
-    rows = datasets.load_dataset(str(KNOWN_DATA), split=split)
-    return rows.select_columns([data.image_column, LABEL_COLUMN]).select(data.numbers)
+    return _rows(split).select(load_labelled(settings).numbers)
+
+
+def _rows(split: str) -> Any:
+    return datasets.load_dataset(str(KNOWN_DATA), split=split).select_columns(["img", LABEL_COLUMN])
+
+
+def _made(folder: Path, splits: Callable[[], dict[str, Any]]) -> Path:
+    if not folder.exists():
+        datasets.disable_progress_bars()
+        with made_inputs.whole_folder(folder) as unfinished:
+            datasets.DatasetDict(splits()).save_to_disk(str(unfinished))
+    return folder

@@ -264,6 +264,28 @@ def test_arms_are_settings_that_distill_takes(arm: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs CIFAR-100")
+def test_settings_are_chosen_by_training_images_that_no_student_learns_from(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "distill.py"), "--work", str(tmp_path), "--trial"]
+    command += ["--only", "accuracy", "--held-out", "--arm", "supervised", "--seeds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((tmp_path / "distill.json").read_text())["accuracy"]["runs"]["trial-held-out"]
+    assert 0 <= runs["supervised-0"]["top1"] <= 100
+    record = json.loads((tmp_path / "accuracy" / "trial-held-out" / "supervised-0" / "run.json").read_text())
+    assert record["data"]["evaluated_on"] == "split validation"
+    splits = datasets.load_from_disk(str(tmp_path / "cifar100-200-held-out-100"))
+    whole = datasets.load_dataset(str(SHARED / "data" / "cifar100"), split="train")
+    content = {split: {image.tobytes() for image in splits[split]["img"]} for split in splits}
+    assert {split: (len(rows), len(set(rows["fine_label"]))) for split, rows in splits.items()} == {
+        "train": (200, 100),
+        "validation": (100, 100),
+    }
+    assert not content["train"] & content["validation"]
+    assert content["train"] | content["validation"] <= {image.tobytes() for image in whole["img"]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.exists(), reason="needs CIFAR-100")
 def test_distillation_keeps_its_promises_on_little_data(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "distill.py"), "--work", str(tmp_path), "--trial"]
     command += ["--kills", "2", "--only", "join", "--only", "opens", "--only", "kills"]
