@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from benchmarks.reproduce_results import Surroundings, read_result, result_of, s
 from benchmarks.reproduce_runs import Measurement, Run, Training
 from benchmarks.reproduce_study import Job, Study
 
-Execute = Callable[[Sequence[str], str], dict[str, Any]]
+# Runs a command to its end, under a name, with so many `threads` if they are given, and returns its JSON.
+Execute = Callable[..., dict[str, Any]]
 _DONE, _LEFT = "done", "left"
 ALONE = {"compiled": False, "jobs": 1}  # conditions of all that is no training
 
@@ -57,17 +59,19 @@ class Bench:
 
         Args:
             jobs: all of them pending.
-            execute: runs a command to its end, under a name, and returns its JSON.
-            num_at_once: trainings side by side; measurements are alone.
+            execute: runs a command.
+            num_at_once: trainings side by side, which share the processors; measurements are alone.
 
         Returns:
             What became of them.
         """
         alone = [job for job in jobs if isinstance(job.run, Measurement)]
         fates = [self._attempt(job, execute) for job in alone]
-        with ThreadPoolExecutor(num_at_once) as threads:
-            others = [job for job in jobs if job not in alone]
-            fates += threads.map(self._attempt, others, [execute] * len(others))
+        others = [job for job in jobs if job not in alone]
+        if num_at_once > 1:  # as many threads each as there are processors slow each other several times over
+            execute = partial(execute, threads=max(1, len(os.sched_getaffinity(0)) // num_at_once))
+        with ThreadPoolExecutor(num_at_once) as pool:
+            fates += pool.map(self._attempt, others, [execute] * len(others))
         return Outcome([fate for fate in fates if fate not in (_DONE, _LEFT)], fates.count(_LEFT))
 
     def _attempt(self, job: Job, execute: Execute) -> str:

@@ -39,17 +39,18 @@ class Processes:
         """Whether programs were asked to stop."""
         return self._stop.is_set()
 
-    def run(self, command: Sequence[str], name: str) -> dict[str, Any]:
+    def run(self, command: Sequence[str], name: str, threads: int | None = None) -> dict[str, Any]:
         """Run a command of the interpreter that prints JSON, as `output` does, and return that."""
-        document: dict[str, Any] = json.loads(self.output(command, name))
+        document: dict[str, Any] = json.loads(self.output(command, name, threads))
         return document
 
-    def output(self, command: Sequence[str], name: str) -> bytes:
+    def output(self, command: Sequence[str], name: str, threads: int | None = None) -> bytes:
         """Run a command of the interpreter to its end.
 
         Args:
             command: without the interpreter; keeps what it has on SIGTERM.
             name: of its log.
+            threads: that compute; none: as many as the program takes by itself.
 
         Returns:
             What it prints.
@@ -58,12 +59,13 @@ class Processes:
             StoppedError: `stop` was called, before it began or while it ran.
             subprocess.CalledProcessError: it failed, and has said why.
         """
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         with self._log(name) as log, self._lock:
             if self._stop.is_set():
                 raise StoppedError
             # In a session of its own Ctrl-C reaches it by way of `stop`, and once.
             process = subprocess.Popen(
-                [sys.executable, *command], stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                [sys.executable, *command], stdout=subprocess.PIPE, stderr=log, env=environment, start_new_session=True
             )
             self._running.add(process)
         try:

@@ -12,6 +12,7 @@ from benchmarks.reproduce_runs import (
     LIVE,
     METHODS,
     NO_DEVICE,
+    SMALLEST,
     TUNED,
     Extraction,
     Measurement,
@@ -23,7 +24,7 @@ from benchmarks.reproduce_runs import (
 TARGETS = ("table1", "table2", "table3", "fig2", "fig3", "labels", "kinds", "live")
 ARTIFACTS = "artifacts"  # in place of a target's name: what others need
 KNOWN = "vit_tiny_patch16_224"  # stands in where none of the paper's teachers is at hand
-SIZES = (("base", 32), ("base", 64), ("large", 32), ("large", 64))
+SIZES = (SMALLEST, ("base", 64), ("large", 32), ("large", 64))
 SIDES = ("embed", "teacher")  # that are measured
 RECIPES = ("paper", "strong")
 # Recipe, method and α₂ of each row of the study of kinds.

@@ -128,7 +128,10 @@ def _larger_student(results: Results, scale: Scale) -> tuple[str, str]:
         large, base = scale.training("embed", teacher, student="large"), scale.training("teacher-kd", teacher)
         return differences(results.accuracies(large), results.accuracies(base))
 
-    return _judged({teacher: ahead(teacher) for teacher in _TEACHERS})
+    word, evidence = _judged({teacher: ahead(teacher) for teacher in _TEACHERS})
+    if evidence and scale.larger_epochs:
+        return UNDECIDED, f"{evidence}, but {scale.larger_epochs} epochs against {scale.epochs}"
+    return word, evidence
 
 
 def _cheaper(results: Results, scale: Scale) -> tuple[str, str]:

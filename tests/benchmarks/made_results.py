@@ -90,11 +90,13 @@ class Programs:
     def __init__(self, *, stop_after: int | None = None, failing: Sequence[str] = ()) -> None:
         """Begin; `stop_after` so many commands all are stopped, those with a word of `failing` fail."""
         self.commands: list[list[str]] = []
+        self.threads: dict[str, int | None] = {}  # by name
         self.stopped, self._stop_after, self._failing = False, stop_after, failing
 
-    def run(self, command: Sequence[str], name: str) -> dict[str, Any]:
+    def run(self, command: Sequence[str], name: str, threads: int | None = None) -> dict[str, Any]:
         """Stand in for a program."""
         self._note(command)
+        self.threads[name] = threads
         if any(word in " ".join(command) for word in self._failing):
             raise CalledProcessError(1, command)
         program = Path(command[0]).stem

@@ -165,6 +165,18 @@ def test_several_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.
         assert document["conditions"] == {"compiled": False, "jobs": 1 if ARTIFACTS in name else 4}
 
 
+def test_trainings_side_by_side_share_the_processors_and_measurements_have_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    programs = Programs()
+    assert call(tmp_path, programs, monkeypatch, "table2", "--seeds", "1", "--jobs", "3").exit_code == 0
+    measured = {name for name in programs.threads if name.startswith(("teacher-cpu", "embed-cpu", "sizes"))}
+    assert len(measured) == 13
+    assert {name: threads for name, threads in programs.threads.items() if threads is None} == dict.fromkeys(measured)
+    assert {programs.threads[name] for name in set(programs.threads) - measured} == {2}
+
+
 def test_a_result_of_other_settings_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(tmp_path, Programs(), monkeypatch, "table1").exit_code == 0
     path = next((tmp_path / "results/trial/table1").glob("*-large-32px.json"))
@@ -254,7 +266,7 @@ def test_results_and_run_directories_have_names_of_their_own(scale: str, tmp_pat
 def test_few_labels_have_more_epochs_but_not_without_end() -> None:
     full, reduced = SCALES["full"], SCALES["reduced"]
     assert [full.few(labels, KNOWN, "paper", 0.5).epochs for labels in full.labels] == [800, 800, 800, 800, 200]
-    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [60, 60, 15, 8, 2]
+    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [40, 40, 10, 5, 1]
 
 
 # Commands
@@ -272,10 +284,10 @@ def told(command: list[str]) -> str:
 def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
     scale = SCALES["reduced"]
     run = scale.training("views", KNOWN, recipe="strong", seed=2)
-    out = tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-15-epochs"
+    out = tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-10-epochs"
     assert told(place_in(tmp_path).command(run)) == (
         f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
-        f"--out {out} --student base --image-size 32 --recipe strong --epochs 15 --seed 2 --device cuda "
+        f"--out {out} --student base --image-size 32 --recipe strong --epochs 10 --seed 2 --device cuda "
         "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both"
     )
 
@@ -331,6 +343,7 @@ def test_every_training_from_an_artifact_is_one_that_distill_takes(scale: str, t
 def test_a_process_prints_json_or_says_that_it_failed() -> None:
     processes = Processes()
     assert processes.run(["-c", "print('{\"a\": 1}')"], "one") == {"a": 1}
+    assert processes.output(["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], "one", threads=3).strip() == b"3"
     with pytest.raises(subprocess.CalledProcessError) as error:
         processes.run(["-c", "raise SystemExit(3)"], "one")
     assert error.value.returncode == 3
@@ -344,18 +357,25 @@ def test_what_processes_say_is_logged_by_name_and_goes_on(tmp_path: Path) -> Non
     assert (tmp_path / "logs" / "one.log").read_text() == "once\nagain\n"
 
 
+def stop_when(ready: Path, processes: Processes) -> threading.Thread:
+    """Stop processes as soon as a file is there."""
+
+    def stop() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        processes.stop()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    return thread
+
+
 def test_what_a_process_began_is_stopped_with_it(tmp_path: Path) -> None:
     processes, ready = Processes(grace_seconds=0.1), tmp_path / "ready"
     child = f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
     program = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
 
-    def stop() -> None:
-        while not ready.exists():
-            pass
-        processes.stop()
-
-    thread = threading.Thread(target=stop)
-    thread.start()
+    thread = stop_when(ready, processes)
     start = time.monotonic()
     with pytest.raises(StoppedError):  # not before the child, which holds the pipe, is gone
         processes.run(["-c", program], "one")
@@ -367,13 +387,7 @@ def test_processes_are_stopped_and_none_begins_after_it(tmp_path: Path) -> None:
     processes, ready = Processes(), tmp_path / "ready"
     program = f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
 
-    def stop() -> None:
-        while not ready.exists():
-            pass
-        processes.stop()
-
-    thread = threading.Thread(target=stop)
-    thread.start()
+    thread = stop_when(ready, processes)
     with pytest.raises(StoppedError):
         processes.run(["-c", program], "one")
     thread.join()

@@ -10,9 +10,10 @@ import pytest
 from benchmarks import reproduce_paper as paper
 from benchmarks.reproduce_page import drawings, page, write_page
 from benchmarks.reproduce_results import Results, write_result
+from benchmarks.reproduce_runs import SCALES
 from benchmarks.reproduce_study import KNOWN
 from benchmarks.reproduce_verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED, direction, judge
-from tests.benchmarks.made_results import SCALE, made_measurements, made_trainings, many_results
+from tests.benchmarks.made_results import SCALE, made_measurements, made_result, made_trainings, many_results
 
 GOLDEN = Path(__file__).parent / "reproduction.md"
 
@@ -107,6 +108,19 @@ def test_resources_are_judged_on_the_first_device_that_all_are_known_of() -> Non
     # Both are of 59.1 here.
     claim = "Embeddings take 17 and 59 times less memory than Base-32 and Large-32"
     assert found[claim] == (FAILS, "Base-32 59.1×, Large-32 59.1×")
+
+
+def test_students_of_unequal_epochs_decide_nothing() -> None:
+    claim = "A larger student with Embed-KD beats the base student with Teacher-KD"
+    base, large = made_trainings("teacher-kd", [14.0]), made_trainings("embed", [19.0], student="large")
+    word, evidence = verdicts(base, large)[claim]
+    assert word == UNDECIDED
+    assert evidence == f"+5.00 points, 1 seed, {KNOWN}, but 3 epochs against 10"
+    full = SCALES["full"]
+    of_full = [made_result(full.training("teacher-kd", KNOWN), 70.0)]
+    of_full += [made_result(full.training("embed", KNOWN, student="large"), 72.0)]
+    found = judge(Results(of_full), full)
+    assert [verdict.word for verdict in found if verdict.claim == claim] == [HOLDS]
 
 
 def test_the_page_is_this_one_to_the_byte() -> None:
