@@ -12,11 +12,13 @@ from pipeline.stopping import StopRequest
 
 @pytest.fixture(autouse=True)
 def obeyed() -> Iterator[list[int]]:
-    """Take SIGTERM over for the test; the list has what arrived."""
+    """Take SIGTERM over for the test, and SIGINT, which a background job ignores; the list has what arrived of the first."""
     arrived: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield arrived
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def test_the_first_signal_is_noted_and_the_second_obeyed(obeyed: list[int]) -> None:
