@@ -22,6 +22,11 @@ _LEARNED = ("--set", "logit_scale=10", "--set", "learn_logit_scale=true")
 _CENTRED = (*_LEARNED, "--set", "centre=true")
 _STRONG, _BOTH = ("--recipe", "strong"), ("--target", "both")
 _ALONE = ("--target", "sample", "--alpha2", "0")  # a loss of samples beside cross-entropy alone
+_ANNEALED = tuple(
+    word
+    for each in ("learning_rate=5e-4", "schedule=cosine", "warmup=0.05", "attention_dropout=0")
+    for word in ("--set", each)
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,19 @@ ARMS = {
     "cosine": Arm("samples", (*_ALONE, "--set", "cosine_weight=1", "--set", "centre=true")),
     "soft-labels": Arm("samples", (*_ALONE, "--set", "soft_label_weight=1")),
     "views": Arm("views", (*_BOTH, *_CENTRED, "--set", "replay_views=true")),
+    # Recipe `paper` at the learning rates of `strong`, without what `strong` does to images: how much to weigh samples.
+    "annealed-supervised": Arm("class", (*_ANNEALED, "--alpha2", "0"), "annealed-supervised"),
+    "annealed-samples": Arm("samples", (*_ANNEALED, *_BOTH, *_CENTRED), "annealed-supervised"),
+}
+ARMS |= {
+    f"annealed-{name}-{weight}": Arm("samples", (*_ANNEALED, *options, "--set", f"cosine_weight={weight}"), against)
+    for name, options, against in (
+        ("cosine", (*_ALONE, "--set", "centre=true"), "annealed-supervised"),
+        ("samples-cosine", (*_BOTH, *_CENTRED), "annealed-samples"),
+    )
+    for weight in (1, 8, 32)
+}
+ARMS |= {
     "strong-supervised": Arm("class", (*_STRONG, "--alpha2", "0"), "strong-supervised"),
     "strong-class": Arm("class", _STRONG, "strong-supervised"),
     "strong-samples": Arm("samples", (*_STRONG, *_BOTH, "--set", "replay_views=false"), "strong-supervised"),
