@@ -12,7 +12,7 @@ from pipeline.stopping import StopRequest
 
 @pytest.fixture(autouse=True)
 def obeyed() -> Iterator[list[int]]:
-    """Take SIGTERM over for the test, and SIGINT, which a background job ignores; the list has what arrived of the first."""
+    """Take over SIGTERM, and SIGINT, which a background job ignores; the list has what arrived of SIGTERM."""
     arrived: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: arrived.append(number))
     interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
