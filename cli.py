@@ -213,7 +213,7 @@ def cli() -> None:
 @click.option(
     "--views", type=click.IntRange(min=1), default=1, help="embeddings a sample, all but the first of augmented views"
 )
-@click.option("--view-size", type=click.IntRange(min=1), default=224, help="side of an augmented view, in pixels")
+@click.option("--view-size", type=click.IntRange(1, 4096), default=224, help="side of an augmented view, in pixels")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="of stored samples")
 @click.option(
     "--pooling",

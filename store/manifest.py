@@ -75,7 +75,7 @@ class SamplingInfo(_Record):
 
     per_class: int | None = Field(ge=1, description="images asked for in each class; none: all")
     limit: int | None = Field(default=None, ge=1, description="rows kept before sampling; none: all")
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     rows: tuple[int, int] | None = Field(
         default=None,
         strict=False,
@@ -83,7 +83,7 @@ class SamplingInfo(_Record):
     )
     batch_size: int = Field(ge=1)
     views: int = Field(default=1, ge=1, description="renderings of each image; view 0 is the image itself")
-    view_size: int | None = Field(default=None, ge=1, description="side of an augmented view, in pixels")
+    view_size: int | None = Field(default=None, ge=1, le=4096, description="side of an augmented view, in pixels")
     views_version: int | None = Field(default=None, ge=1)
     short_classes: int = Field(default=0, ge=0, description="classes with fewer images than per_class")
     skipped_images: int = Field(default=0, ge=0, description="images that could not be decoded")

@@ -32,7 +32,7 @@ class ExtractSettings(BaseModel):
     )
     samples: bool = Field(default=False, description="also store the embedding of each image")
     views: int = Field(default=1, ge=1, description="embeddings of each sample; view 0 is the image itself")
-    view_size: int = Field(default=224, ge=1, description="side of a rendered view, in pixels")
+    view_size: int = Field(default=224, ge=1, le=4096, description="side of a rendered view, in pixels")
     dtype: Literal["float32", "float16"] = Field(default="float16", description="of sample embeddings")
     report_split: str | None = Field(default=None, description="split to measure the report card's accuracies on")
     pooling: Pooling = "auto"

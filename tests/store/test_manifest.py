@@ -151,6 +151,8 @@ def test_another_major_version_is_refused(major: object) -> None:
         ("data_set.rows", "10", "Input should be a valid integer"),
         ("data_set.classes_named", 1, "Input should be a valid boolean"),
         ("sampling.seed", -1, "Input should be greater than or equal to 0"),
+        ("sampling.seed", 2**63, f"Input should be less than {2**63}"),
+        ("sampling.view_size", 4097, "Input should be less than or equal to 4096"),
         ("sampling.views", 0, "Input should be greater than or equal to 1"),
         ("sampling.images_sha256", "x", "String should match pattern '^[0-9a-f]{64}$'"),
         ("head", 1, "Input should be a valid dictionary or instance of HeadInfo"),
