@@ -28,7 +28,7 @@ Planes = UInt8[Tensor, "batch 3 height width"]
 class Augmentation(BaseModel):
     """What the student's images undergo, each by its own draw; by default nothing."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="probability")
     random_crop_px: int = Field(default=0, ge=0, le=1024, description="largest shift each way, black beyond; 0: off")

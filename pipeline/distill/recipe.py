@@ -25,7 +25,7 @@ class Recipe(BaseModel):
     The loss is α₁ L_CE + α₂ L_clip + the other losses, each times its weight; one whose weight is 0 costs nothing.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     epochs: int = Field(ge=1, description="passes over the images")
     batch_size: int = Field(ge=2, description="images a step; one image has no batch statistics")
@@ -66,20 +66,24 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     Raises:
         PipelineError: no such recipe, not TOML, or keys or values are wrong (all of them are named).
     """
-    values = _read(name)
+    values, problems = _read(name), []
     base = values.pop("base", None)
     if base is not None:
         if base not in shipped_recipes():
-            raise PipelineError(f"recipe {name}: base is {base!r}, expected one of {', '.join(shipped_recipes())}.")
+            problems.append(f"base: expected one of {', '.join(shipped_recipes())}, found {base!r}")
+            base = "paper"  # to look at the rest
         values = _laid_over(_read(base), values)
     for key, value in (overrides or {}).items():
         for table in reversed(key.split(".")):
             value = {table: value}
         values = _laid_over(values, value)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise PipelineError(f"recipe {name}: {describe_problems(error)}") from None
+        problems.append(describe_problems(error))
+    if problems:
+        raise PipelineError(f"recipe {name}: {'; '.join(problems)}")
+    return recipe
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
@@ -92,16 +96,20 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         Values by key.
 
     Raises:
-        PipelineError: one has no `=`, or a key stands there twice.
+        PipelineError: some have no `=`, or a key stands there twice (all of them are named).
     """
     overrides: dict[str, Any] = {}
+    problems = []
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not (equals and key and value):
-            raise PipelineError(f"--set {text!r}: expected KEY=VALUE, such as label_smoothing=0.1.")
-        if key in overrides:
-            raise PipelineError(f"--set {key}: is given twice.")
-        overrides[key] = _value(value)
+            problems.append(f"--set {text!r}: expected KEY=VALUE, such as label_smoothing=0.1")
+        elif key in overrides:
+            problems.append(f"--set {key}: is given twice")
+        else:
+            overrides[key] = _value(value)
+    if problems:
+        raise PipelineError("; ".join(problems) + ".")
     return overrides
 
 

@@ -128,8 +128,29 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
 def test_a_base_is_a_recipe_that_ships(base: str, tmp_path: Path) -> None:
     name = write(tmp_path / "mine.toml", f"base = {base}\nepochs = 3\n")
     message = refusal(name)
-    assert message.startswith(f"recipe {name}: base is ")
-    assert message.endswith(", expected one of paper, strong.")
+    assert message.startswith(f"recipe {name}: base: expected one of paper, strong, found ")
+
+
+def test_a_wrong_base_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
+    name = write(tmp_path / "mine.toml", 'base = "fast"\nepochs = 0\nspeed = 3\n')
+    assert refusal(name) == (
+        f"recipe {name}: base: expected one of paper, strong, found 'fast'; "
+        "epochs: input should be greater than or equal to 1, found 0; speed: unknown setting"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("epochs", True), ("epochs", "3"), ("epochs", 3.0), ("alpha2", True), ("centre", 1), ("schedule", 1)],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: object) -> None:
+    message = refusal("paper", {key: value})
+    assert message.startswith(f"recipe paper: {key}: ")
+    assert message.endswith(f", found {value!r}")
+
+
+def test_a_whole_number_stands_for_a_fraction() -> None:
+    assert load_recipe("paper", {"alpha2": 1}).alpha2 == 1.0
 
 
 def test_without_a_base_everything_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -150,7 +171,7 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
     name = write(tmp_path / "mine.toml", text)
     assert refusal(name, {"attention_dropout": 1.0}) == (
         f"recipe {name}: epochs: input should be greater than or equal to 1, found 0; "
-        "learning_rate: input should be a valid number, unable to parse string as a number, found 'fast'; "
+        "learning_rate: input should be a valid number, found 'fast'; "
         "schedule: input should be 'constant' or 'cosine', found 'step'; "
         "attention_dropout: input should be less than 1, found 1.0; "
         "alpha2: input should be less than or equal to 1, found 1.5; "
@@ -269,6 +290,12 @@ def test_a_typed_setting_has_a_key_and_a_value(text: str) -> None:
 
 def test_a_setting_is_typed_once() -> None:
     assert parse_refusal("epochs=3", "alpha2=0", "epochs=4") == "--set epochs: is given twice."
+
+
+def test_everything_wrong_with_typed_settings_is_named() -> None:
+    assert parse_refusal("epochs=3", "alpha2", "epochs=4") == (
+        "--set 'alpha2': expected KEY=VALUE, such as label_smoothing=0.1; --set epochs: is given twice."
+    )
 
 
 # Written down
