@@ -80,7 +80,8 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     torch.manual_seed(settings.seed)
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
-    if not (settings.resume and (settings.out / "checkpoints").is_dir()):  # else all weights are in a checkpoint
+    checkpoints = (settings.out / "checkpoints").glob("[0-9]*")
+    if not (settings.resume and any(checkpoints)):  # else all weights are in a checkpoint
         initialise(student, settings.init)
     check_output(settings.out, _needed_bytes(student), replaceable=True)
     images = _decode(settings, data, evaluation, replayed_views(artifact, settings.target, recipe))

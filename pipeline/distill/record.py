@@ -61,7 +61,7 @@ class RunDirectory:
         """Keep other processes out while a run is prepared and trained inside the block; then open it there.
 
         Args:
-            given: what the run was told, in some of the parts that `_SHARED` names.
+            given: what the run was told; those of its parts that `_SHARED` names are compared.
 
         Raises:
             PipelineError: another process trains there, or the older part of the run has other settings.
@@ -122,7 +122,8 @@ class RunDirectory:
 
     def save_student(self, trainer: Trainer) -> None:
         """Keep the student as it is now; what an earlier end of the run said of another one goes."""
-        if any(self._record.pop(name, None) for name in _OF_STUDENT):
+        said = [self._record.pop(name, None) for name in _OF_STUDENT]
+        if any(said):
             self._write_record()
             for page in (self.path / "student" / "README.md", self.path / "report.html"):
                 page.unlink(missing_ok=True)

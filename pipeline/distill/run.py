@@ -28,10 +28,8 @@ from pipeline.runtime import PeakMemory, keep_freed_memory, peak_memory
 from store import Artifact, open_artifact
 
 # What may be another one when a run is gone on with; paths may differ where digests tell what they lead to.
-_UNSHARED = {
-    *("artifact", "out", "overwrite", "resume", "checkpoint_minutes", "evaluate_every", "max_steps", "device"),
-    *("precision", "cache"),
-}
+_LIMITS = {"checkpoint_minutes", "evaluate_every", "max_steps"}
+_UNSHARED = {"artifact", "out", "overwrite", "resume", "device", "precision", "cache"} | _LIMITS
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,7 @@ def told_of_run(settings: DistillSettings, recipe: Recipe, artifact: Artifact, c
     """
     return {
         "settings": settings.model_dump(mode="json", exclude=_UNSHARED),
+        "limits": settings.model_dump(mode="json", include=_LIMITS),
         "recipe": recipe.model_dump(),
         "artifact": {
             "file": artifact.path.name,

@@ -134,6 +134,7 @@ def test_the_record_holds_settings_recipe_artifact_and_result(
     assert record["settings"]["overrides"] == {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3}
     for name in ("artifact", "out", "resume", "overwrite", "max_steps", "checkpoint_minutes"):
         assert name not in record["settings"]
+    assert record["limits"] == {"checkpoint_minutes": 10.0, "evaluate_every": 1, "max_steps": None}
     assert record["recipe"]["epochs"] == 3
     assert record["recipe"]["weight_decay"] == 0.1
     assert record["recipe"]["augmentation"]["horizontal_flip"] == 0.5
@@ -251,6 +252,19 @@ def test_recipe_strong_trains_from_class_embeddings_alone(start: Start, tmp_path
 def test_a_run_can_begin_with_the_student_of_another(finished: DistillResult, start: Start) -> None:
     result = distill(start(init=str(finished.run_directory), learning_rate=1e-12, max_steps=1))
     before, after = (load_student(folder) for folder in (finished.run_directory, result.run_directory))
+    for (name, earlier), later in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
+        assert (earlier - later).abs().max() < 1e-6, name
+
+
+def test_a_run_whose_checkpoints_are_gone_begins_again_with_the_weights_it_began_with(
+    finished: DistillResult, start: Start
+) -> None:
+    settings = {"init": str(finished.run_directory), "learning_rate": 1e-12, "max_steps": 1}
+    folder = distill(start(**settings)).run_directory
+    for checkpoint in (folder / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    distill(start(**settings, resume=True))
+    before, after = (load_student(each) for each in (finished.run_directory, folder))
     for (name, earlier), later in zip(before.model.named_parameters(), after.model.parameters(), strict=True):
         assert (earlier - later).abs().max() < 1e-6, name
 
