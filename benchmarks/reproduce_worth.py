@@ -1,4 +1,4 @@
-"""The runs of all targets in the order of their worth, for a machine that is lent by the minute.
+"""The runs of all targets in the order of their worth, for a machine that is rented by the minute.
 
 How good a student the artifact makes comes before the paper's tables, and one seed of everything before more seeds.
 """
