@@ -17,7 +17,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings
-from pipeline.distill.attention import leave_unused_tokens_out, use_coarse_dropout, use_explicit_attention
+from pipeline.distill.attention import (
+    leave_unused_tokens_out,
+    use_coarse_dropout,
+    use_explicit_attention,
+    use_fused_gelu,
+)
 from pipeline.distill.augment import send
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.images import DecodedImages
@@ -71,6 +76,7 @@ def supervised_step(prepared: Prepared) -> Step:
     compute, recipe = prepared.trainer.compute, prepared.trainer.recipe
     student = _new_student(prepared)
     use_coarse_dropout(student.model, compute.device)
+    use_fused_gelu(student.model)
     leave_unused_tokens_out(student.model)
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(student.parameters(), **options, fused=True)

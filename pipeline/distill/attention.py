@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 _LEVELS = 1 << 16
+_SLOPE = 1.702  # of QuickGELU, x · σ(1.702 x)
 
 
 @contextmanager
@@ -46,6 +50,18 @@ def use_coarse_dropout(model: nn.Module, device: torch.device) -> None:
             layer.attn_drop = CoarseDropout(dropout.p)
 
 
+def use_fused_gelu(model: nn.Module) -> None:
+    """Compute QuickGELU in half the passes over memory in training, eight with autograd of its formula.
+
+    Args:
+        model: of timm; changed in place. Outside training it computes as before.
+    """
+    for layer in list(model.modules()):
+        for name, part in layer.named_children():
+            if type(part) is QuickGELU:
+                setattr(layer, name, FusedGELU())
+
+
 def leave_unused_tokens_out(model: nn.Module) -> None:
     """Let the last block of a vision transformer compute its [CLS] token alone, where nothing else of it is used.
 
@@ -79,6 +95,34 @@ class ClassTokenBlock(nn.Module):
             tokens = tokens[:, :1] + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))[:, :1]))
             tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
         return tokens
+
+
+class FusedGELU(QuickGELU):
+    """QuickGELU by PyTorch's SiLU in training; both agree within rounding."""
+
+    def forward(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return x · σ(1.702 x)."""
+        if not self.training or torch.compiler.is_compiling():  # a compiler fuses the formula itself
+            return super().forward(values)
+        activated: Tensor = _ScaledSiLU.apply(values)
+        return activated
+
+
+class _ScaledSiLU(torch.autograd.Function):
+    """SiLU(a x) / a, whose derivative is that of SiLU at a x: a cancels out."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        scaled = values * _SLOPE
+        ctx.save_for_backward(scaled)
+        return functional.silu(scaled).mul_(1 / _SLOPE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        found: Tensor = torch.ops.aten.silu_backward(gradient, scaled)
+        return found
 
 
 class CoarseDropout(nn.Module):

@@ -4,12 +4,15 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
+from timm.layers.activations import QuickGELU
 
 from pipeline.distill.attention import (
     CoarseDropout,
+    FusedGELU,
     leave_unused_tokens_out,
     use_coarse_dropout,
     use_explicit_attention,
+    use_fused_gelu,
 )
 from tests.pipeline.distill.examples import CPU, make_student
 
@@ -116,6 +119,46 @@ def test_a_model_with_coarse_dropout_trains_whichever_attention_it_takes(fused: 
     for block in model.blocks:
         block.attn.fused_attn = fused
     assert model.train()(torch.rand(2, 3, 160, 160)).isfinite().all()
+
+
+# The activation
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
+def test_the_fused_activation_is_quick_gelu_and_so_is_its_gradient(dtype: torch.dtype, tolerance: float) -> None:
+    values = torch.linspace(-30, 30, 501, dtype=dtype).requires_grad_()
+    pull = torch.linspace(1, 2, 501, dtype=dtype)
+    exact = values.detach().double().requires_grad_()
+    expected = exact * torch.sigmoid(1.702 * exact)
+    found = FusedGELU().train()(values)
+    found.backward(pull)
+    expected.backward(pull.double())
+    assert found.dtype == dtype
+    for one, other in ((found, expected), (values.grad, exact.grad)):
+        assert one is not None
+        assert other is not None
+        assert torch.allclose(one.double(), other, rtol=tolerance, atol=tolerance)
+
+
+def test_outside_training_the_fused_activation_is_timms_own_to_the_bit() -> None:
+    values = torch.randn(1000)
+    assert torch.equal(FusedGELU().eval()(values), QuickGELU()(values))
+
+
+def test_all_activations_of_a_student_are_replaced_and_its_parameters_are_not() -> None:
+    model = make_student("base", 32).model
+    names = list(model.state_dict())
+    use_fused_gelu(model)
+    assert [type(part) for part in model.modules() if isinstance(part, QuickGELU)] == [FusedGELU] * 6
+    assert list(model.state_dict()) == names
+
+
+def test_other_activations_stay() -> None:
+    model = tiny_vit()
+    use_fused_gelu(model)
+    assert not any(isinstance(part, FusedGELU) for part in model.modules())
 
 
 # The last block
