@@ -73,7 +73,7 @@ def test_recipe_strong_has_the_papers_epochs_and_more_of_everything_else() -> No
     assert strong.epochs == paper.epochs
     assert strong.schedule == "cosine"
     assert strong.average_decay > 0
-    assert strong.cosine_weight > 0
+    assert strong.cosine_weight == 0
     assert strong.soft_label_weight > 0
     assert strong.replay_views
 
