@@ -5,7 +5,7 @@
 
 A target is a table or a figure of the paper, or a study of its own (`labels`, `kinds`, `live`); `all` is all of them.
 Each run is written to benchmarks/results/<scale>/<target>/ when it comes to its end; what is there is left out, and
-what was stopped goes on. `page` makes docs/reproduction.md and its figures from these files alone.
+what was stopped goes on. Then docs/reproduction.md and its figures are made from these files; `page` makes them alone.
 
 It needs `data/cifar100` and `teachers/` in a folder, by default ../shared; CLIP_EMBED_KD_SHARED names another. The
 paper's teachers are taken from `--teachers FOLDER`, by their hub names without the owner; where none is there,
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_bench import Outcome, pending
-from benchmarks.reproduce_page import write_page
+from benchmarks.reproduce_page import SHOWN, write_page
 from benchmarks.reproduce_plan import Reproduction
 from benchmarks.reproduce_processes import Processes, stopping
 from benchmarks.reproduce_runs import SCALES
@@ -64,11 +64,11 @@ from pipeline.errors import PipelineError
     help="folder of the page  [default: docs]",
 )
 def main(targets: Sequence[str], docs: Path, results: Path, **options: Any) -> None:
-    """Run TARGETs: table1, table2, table3, fig2, fig3, labels, kinds, live, all; page writes the tables."""
+    """Run TARGETs: table1, table2, table3, fig2, fig3, labels, kinds, live, all; page only writes the tables."""
     try:
         wanted = TARGETS if "all" in targets else [target for target in targets if target != "page"]
         outcome = measure(wanted, results=results, **options) if wanted else Outcome()
-        if "page" in targets:
+        if "page" in targets or options["scale"] in SHOWN:
             write_page(results, docs)
     except PipelineError as error:
         raise click.ClickException(str(error)) from None

@@ -203,9 +203,9 @@ def _artifact(run: Run, record: Mapping[str, Any]) -> str | None:
 
 
 def _curve(path: Path) -> tuple[dict[str, float], ...]:
-    """Return loss and accuracy of the epochs that were evaluated, thinned out where they are many."""
+    """Return loss, and accuracy where it was evaluated, of each epoch or, of many, of some up to the last."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    kept = [{name: line[name] for name in ("epoch", "loss", "top1")} for line in lines if "top1" in line]
+    kept = [{name: line[name] for name in ("epoch", "loss", "top1") if name in line} for line in lines]
     step = -(-len(kept) // _MOST_LINES) or 1
     return tuple(kept[::-step][::-1])
 
