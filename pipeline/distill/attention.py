@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers.activations import QuickGELU
+from timm.layers.activations import QuickGELU, quick_gelu
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -97,14 +97,15 @@ class ClassTokenBlock(nn.Module):
         return tokens
 
 
-class FusedGELU(QuickGELU):
+class FusedGELU(nn.Module):
     """QuickGELU by PyTorch's SiLU in training; both agree within rounding."""
 
     def forward(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return x · σ(1.702 x)."""
         if not self.training or torch.compiler.is_compiling():  # a compiler fuses the formula itself
-            return super().forward(values)
-        activated: Tensor = _ScaledSiLU.apply(values)
+            activated: Tensor = quick_gelu(values)
+        else:
+            activated = _ScaledSiLU.apply(values)
         return activated
 
 

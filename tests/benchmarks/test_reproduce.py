@@ -36,10 +36,12 @@ def _nothing_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_EMBED_KD_CACHE", str(tmp_path / "cache"))
 
 
-def call(folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+def call(
+    folder: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, *arguments: str, scale: str = "trial"
+) -> Result:
     monkeypatch.setattr(reproduce, "Processes", lambda: programs)
     folders = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--docs", str(folder / "docs")]
-    return CliRunner().invoke(reproduce.main, [*arguments, *folders, "--scale", "trial", "--device", "cpu"])
+    return CliRunner().invoke(reproduce.main, [*arguments, *folders, "--scale", scale, "--device", "cpu"])
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -418,3 +420,24 @@ def test_the_page_that_is_there_is_that_of_the_results_that_are_there() -> None:
     found = {name: read_results(ROOT / "benchmarks" / "results" / name) for name in SHOWN}
     made = (ROOT / "docs" / "reproduction.md").read_text("utf-8")
     assert made == page(found), "run `python benchmarks/reproduce.py page`"
+
+
+def test_the_page_follows_each_measurement_of_a_scale_that_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "docs" / "reproduction.md"
+    assert call(tmp_path, Programs(), monkeypatch, "table1").exit_code == 0
+    assert not page.exists()
+    assert call(tmp_path, Programs(), monkeypatch, "table1", scale="reduced").exit_code == 0
+    assert "Table I" in page.read_text("utf-8")
+
+
+def test_a_curve_keeps_the_losses_between_evaluations_and_the_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines: list[dict[str, float]] = [{"epoch": epoch, "step": 9, "loss": 5 - epoch / 100} for epoch in range(1, 101)]
+    lines[-1]["top1"] = 12.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    found = reproduce_results._curve(path)
+    assert len(found) == 34
+    assert found[-1] == {"epoch": 100, "loss": 4.0, "top1": 12.5}
+    assert found[0] == {"epoch": 1, "loss": 4.99}

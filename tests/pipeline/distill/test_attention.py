@@ -133,12 +133,10 @@ def test_the_fused_activation_is_quick_gelu_and_so_is_its_gradient(dtype: torch.
     exact = values.detach().double().requires_grad_()
     expected = exact * torch.sigmoid(1.702 * exact)
     found = FusedGELU().train()(values)
-    found.backward(pull)
-    expected.backward(pull.double())
+    (gradient,) = torch.autograd.grad(found, values, pull)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, pull.double())
     assert found.dtype == dtype
-    for one, other in ((found, expected), (values.grad, exact.grad)):
-        assert one is not None
-        assert other is not None
+    for one, other in ((found, expected), (gradient, expected_gradient)):
         assert torch.allclose(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
@@ -151,7 +149,7 @@ def test_all_activations_of_a_student_are_replaced_and_its_parameters_are_not() 
     model = make_student("base", 32).model
     names = list(model.state_dict())
     use_fused_gelu(model)
-    assert [type(part) for part in model.modules() if isinstance(part, QuickGELU)] == [FusedGELU] * 6
+    assert [type(part) for part in model.modules() if isinstance(part, QuickGELU | FusedGELU)] == [FusedGELU] * 6
     assert list(model.state_dict()) == names
 
 
