@@ -558,26 +558,13 @@ def test_views_of_another_version_are_refused(make: Make, check: Check) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("record", "changes", "problem"),
-    [
-        (
-            "teacher",
-            {"pooling": "max"},
-            "pooling: input should be 'auto', 'cls', 'distilled', 'pooled', 'mean' or 'projected', found 'max'",
-        ),
-        ("sampling", {"seed": 2**63}, f"seed: input should be less than {2**63}, found {2**63}"),
-    ],
-)
-def test_a_manifest_that_cannot_be_followed_is_one_line(
-    make: Make, check: Check, record: str, changes: dict[str, Any], problem: str
-) -> None:
+def test_a_manifest_that_cannot_be_followed_is_one_line(make: Make, check: Check) -> None:
     path = make()
     with store.open_artifact(path) as artifact:
-        changed = getattr(artifact.manifest, record).model_copy(update=changes)
-    assert refusal(check, rewrite(path, {record: changed})) == (
-        f"a.safetensors: its manifest asks for what this program cannot do again ({problem}). Update clip-embed-kd, or "
-        "extract again."
+        teacher = artifact.manifest.teacher.model_copy(update={"pooling": "max"})
+    assert refusal(check, rewrite(path, {"teacher": teacher})) == (
+        "a.safetensors: its manifest asks for what this program cannot do again (pooling: input should be 'auto', "
+        "'cls', 'distilled', 'pooled', 'mean' or 'projected', found 'max'). Update clip-embed-kd, or extract again."
     )
 
 
