@@ -72,6 +72,7 @@ NOT_ON_CPU = ("epochs",)
     help="of accuracy: train these only",
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="of accuracy: runs an arm")
+@click.option("--first-seed", default=0, show_default=True, type=click.IntRange(min=0), help="of accuracy: begin there")
 @click.option(
     "--held-out", is_flag=True, help="of accuracy: judge by training images that are held out, as settings are chosen"
 )

@@ -105,7 +105,7 @@ def measure_accuracy(setup: Setup) -> Figures:
     known = setup.book.known("accuracy")
     every: Figures = known.get("runs", {})
     runs: Figures = every.setdefault(place, {})
-    wanted = [(arm, seed) for seed in range(setup.seeds) for arm in setup.arms]
+    wanted = [(arm, seed) for seed in range(setup.first_seed, setup.first_seed + setup.seeds) for arm in setup.arms]
     for arm, seed in wanted:
         name, options = f"{arm}-{seed}", _options(arm, seed, SCALES[scale])
         told = " ".join(options)

@@ -17,14 +17,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings
-from pipeline.distill.attention import (
-    leave_unused_tokens_out,
-    use_coarse_dropout,
-    use_explicit_attention,
-    use_fused_gelu,
-)
+from pipeline.distill.attention import use_explicit_attention
 from pipeline.distill.augment import send
 from pipeline.distill.config import DistillSettings
+from pipeline.distill.fused_block import use_faster_parts
 from pipeline.distill.images import DecodedImages
 from pipeline.distill.preparation import Prepared, compute_for, prepare
 from pipeline.distill.student import Student, build_student
@@ -75,9 +71,7 @@ def supervised_step(prepared: Prepared) -> Step:
     """
     compute, recipe = prepared.trainer.compute, prepared.trainer.recipe
     student = _new_student(prepared)
-    use_coarse_dropout(student.model, compute.device)
-    use_fused_gelu(student.model)
-    leave_unused_tokens_out(student.model)
+    use_faster_parts(student.model, compute.device)
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(student.parameters(), **options, fused=True)
 

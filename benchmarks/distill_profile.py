@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.distill_loops import our_step
@@ -13,7 +13,6 @@ from benchmarks.distill_rounds import WARM_STEPS, compare, in_rounds, seconds_of
 from benchmarks.distill_setup import Setup
 from benchmarks.distill_speed import timed_subject
 from benchmarks.figure_book import Figures
-from pipeline.distill.attention import ClassTokenBlock
 from pipeline.distill.loop import Trainer
 from pipeline.runtime import keep_freed_memory
 
@@ -79,15 +78,16 @@ def products_of(trainer: Trainer) -> list[Product]:
     where = {"device": trainer.compute.device, "dtype": trainer.compute.precision}
     size, tokens = trainer.recipe.batch_size, model.patch_embed.num_patches + model.num_prefix_tokens
     for block in model.blocks:
-        used = 1 if isinstance(block, ClassTokenBlock) else tokens  # by the MLP
+        used = getattr(block, "used", None) or tokens  # tokens that anything behind the block looks at
+        width, hidden, heads = model.embed_dim, block.mlp.fc1.out_features, block.attn.num_heads
         made = [
-            linear_products(size * rows, layer.in_features, layer.out_features, where)
-            for part, rows in ((block.attn, tokens), (block.mlp, used))
-            for layer in part.modules()
-            if isinstance(layer, nn.Linear)
+            linear_products(size * used, width, width, where),  # queries
+            linear_products(size * tokens, width, 2 * width, where),  # keys and values
+            attention_products(size * heads, (used, tokens), width // heads, where),
+            linear_products(size * used, width, width, where),
+            linear_products(size * used, width, hidden, where),
+            linear_products(size * used, hidden, width, where),
         ]
-        heads = block.attn.num_heads
-        made += [attention_products(size * heads, tokens, model.embed_dim // heads, where)]
         for there, back in made:
             forward, backward = forward + there, backward + back
     return [*forward, *reversed(backward)]
@@ -101,11 +101,15 @@ def linear_products(rows: int, inputs: int, outputs: int, where: dict[str, Any])
 
 
 def attention_products(
-    heads: int, tokens: int, width: int, where: dict[str, Any]
+    heads: int, tokens: tuple[int, int], width: int, where: dict[str, Any]
 ) -> tuple[list[Product], list[Product]]:
-    """Return the two products of attention over all heads of a batch, and the four of their gradients."""
-    query, key, value, given = (torch.randn(heads, tokens, width, **where) for _ in range(4))
-    weights, of_weights = (torch.randn(heads, tokens, tokens, **where) for _ in range(2))
+    """Return the two products of attention over all heads of a batch, and the four of their gradients.
+
+    `tokens` are those that ask, and those that are asked.
+    """
+    query, given = (torch.randn(heads, tokens[0], width, **where) for _ in range(2))
+    key, value = (torch.randn(heads, tokens[1], width, **where) for _ in range(2))
+    weights, of_weights = (torch.randn(heads, *tokens, **where) for _ in range(2))
     return [lambda: query @ key.transpose(1, 2), lambda: weights @ value], [
         lambda: given @ value.transpose(1, 2),
         lambda: weights.transpose(1, 2) @ given,

@@ -37,6 +37,7 @@ class Setup:
     scale: str
     arms: tuple[str, ...]
     seeds: int
+    first_seed: int
     held_out: bool
     book: FigureBook
 

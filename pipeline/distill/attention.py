@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_LEVELS = 1 << 16
-_SLOPE = 1.702  # of QuickGELU, x · σ(1.702 x)
+QUICK_GELU_SLOPE = 1.702  # x · σ(1.702 x)
 
 
 @contextmanager
@@ -35,19 +34,6 @@ def use_explicit_attention(model: nn.Module, device: torch.device) -> Iterator[N
     finally:
         for layer in layers:
             layer.fused_attn = True  # type: ignore[assignment]
-
-
-def use_coarse_dropout(model: nn.Module, device: torch.device) -> None:
-    """Draw attention dropout on a CPU more coarsely: PyTorch's own takes a fifth of the step, this a twentieth.
-
-    Args:
-        model: of timm; changed in place. Outside training it computes as before.
-        device: where it is.
-    """
-    for layer in list(model.modules()) if device.type == "cpu" else []:
-        dropout = getattr(layer, "attn_drop", None)
-        if hasattr(layer, "fused_attn") and isinstance(dropout, nn.Dropout):
-            layer.attn_drop = CoarseDropout(dropout.p)
 
 
 def use_fused_gelu(model: nn.Module) -> None:
@@ -114,9 +100,9 @@ class _ScaledSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        scaled = values * _SLOPE
+        scaled = values * QUICK_GELU_SLOPE
         ctx.save_for_backward(scaled)
-        return functional.silu(scaled).mul_(1 / _SLOPE)
+        return functional.silu(scaled).mul_(1 / QUICK_GELU_SLOPE)
 
     @staticmethod
     @once_differentiable
@@ -124,28 +110,3 @@ class _ScaledSiLU(torch.autograd.Function):
         (scaled,) = ctx.saved_tensors
         found: Tensor = torch.ops.aten.silu_backward(gradient, scaled)
         return found
-
-
-class CoarseDropout(nn.Module):
-    """Dropout whose probability is a multiple of 2⁻¹⁶, for which four weights share one random number of 64 bits."""
-
-    def __init__(self, probability: float) -> None:
-        """Round the probability.
-
-        Args:
-            probability: of a value to become 0, 0 ≤ p < 1.
-        """
-        super().__init__()
-        self.p = probability  # timm reads it where it takes another kind of attention
-        self._threshold = min(round(probability * _LEVELS), _LEVELS - 1)
-
-    def forward(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Set some values to 0, and scale the others up so that the mean stays, in training mode only."""
-        if not (self.training and self._threshold):
-            return values
-        words = torch.empty(-(-values.numel() // 4), dtype=torch.int64, device=values.device)
-        words.random_(-(2**63), None)
-        levels = words.view(torch.int16)[: values.numel()].view(values.shape)
-        # 1 and 0 of the values' own type: products with them take half the time of a mask.
-        kept = torch.ge(levels, self._threshold - _LEVELS // 2, out=torch.empty_like(values, requires_grad=False))
-        return values * (_LEVELS / (_LEVELS - self._threshold)) * kept

@@ -8,13 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.distill.attention import (
-    leave_unused_tokens_out,
-    use_coarse_dropout,
-    use_explicit_attention,
-    use_fused_gelu,
-)
+from pipeline.distill.attention import use_explicit_attention
 from pipeline.distill.config import Target
+from pipeline.distill.fused_block import use_faster_parts
 from pipeline.distill.method import LOSSES, Batch, Method
 from pipeline.distill.optimizer import WeightAverage, learning_rate, make_optimizer
 from pipeline.distill.order import step_seed
@@ -86,9 +82,7 @@ class Trainer:
         torch.manual_seed(step_seed(compute.seed, 0, 0))  # not the one that the student's weights were drawn by
         self._images_at_once = min(compute.micro_batch or recipe.batch_size, recipe.batch_size)
         with batch_must_fit(self._images_at_once, "the student", smallest=2, option="--micro-batch"):
-            use_coarse_dropout(student.model, compute.device)
-            use_fused_gelu(student.model)
-            leave_unused_tokens_out(student.model)
+            use_faster_parts(student.model, compute.device)
             self.method = Method(student, targets, target, recipe).to(compute.device)
             self.average = WeightAverage(self.method, recipe.average_decay) if recipe.average_decay else None
         self.recipe, self.compute = recipe, compute

@@ -7,10 +7,8 @@ import torch
 from timm.layers.activations import QuickGELU
 
 from pipeline.distill.attention import (
-    CoarseDropout,
     FusedGELU,
     leave_unused_tokens_out,
-    use_coarse_dropout,
     use_explicit_attention,
     use_fused_gelu,
 )
@@ -71,54 +69,6 @@ def test_both_ways_give_the_same_answers_and_gradients() -> None:
     explicit, kernel = found
     assert len(explicit) == len(kernel) > 10
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-5) for one, other in zip(explicit, kernel, strict=True))
-
-
-# Dropout
-
-
-def test_dropout_drops_as_many_as_it_should_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    values = torch.ones(300, 1001, requires_grad=True)
-    found = CoarseDropout(0.1).train()(values)
-    kept = found != 0
-    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
-    assert torch.unique(found).tolist() == pytest.approx([0, 1 / 0.9], rel=1e-4)
-    found.sum().backward()
-    assert values.grad is not None
-    assert torch.equal(values.grad, found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_is_that_of_the_seed_in_any_precision(dtype: torch.dtype) -> None:
-    dropout, values = CoarseDropout(0.3).train(), torch.rand(7, 11).to(dtype)
-    found = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        found.append(dropout(values))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
-    assert found[0].dtype == dtype
-
-
-def test_nothing_is_dropped_outside_training_or_at_probability_0() -> None:
-    values = torch.rand(3, 4)
-    assert CoarseDropout(0.5).eval()(values) is values
-    assert CoarseDropout(0.0).train()(values) is values
-
-
-def test_dropout_of_nearly_everything_is_dropout() -> None:
-    found = CoarseDropout(0.999999).train()(torch.ones(1000))
-    assert found.isfinite().all()
-    assert (found == 0).float().mean() > 0.98
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_model_with_coarse_dropout_trains_whichever_attention_it_takes(fused: bool) -> None:
-    model = timm.create_model("test_vit", num_classes=3, attn_drop_rate=0.3)
-    use_coarse_dropout(model, torch.device("cpu"))
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    assert model.train()(torch.rand(2, 3, 160, 160)).isfinite().all()
 
 
 # The activation
