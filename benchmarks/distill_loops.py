@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings
-from pipeline.distill.attention import use_explicit_attention
+from pipeline.distill.attention import ExplicitAttention
 from pipeline.distill.augment import send
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.fused_block import use_faster_parts
@@ -75,12 +75,11 @@ def supervised_step(prepared: Prepared) -> Step:
     options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(student.parameters(), **options, fused=True)
 
+    explicit_attention = ExplicitAttention(student.model, compute.device)
+
     def loss_of(pixels: Tensor, labels: Tensor) -> Tensor:
         reduced = compute.precision != torch.float32
-        with (
-            use_explicit_attention(student.model, compute.device),
-            torch.autocast(compute.device.type, compute.precision, enabled=reduced),
-        ):
+        with explicit_attention, torch.autocast(compute.device.type, compute.precision, enabled=reduced):
             logits = student.model(pixels)
         return F.cross_entropy(logits.float(), labels)
 

@@ -1,7 +1,5 @@
 """How a vision transformer is computed while it is trained: the same function, sooner."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,24 +13,32 @@ from torch.nn import functional
 QUICK_GELU_SLOPE = 1.702  # x · σ(1.702 x)
 
 
-@contextmanager
-def use_explicit_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Compute attention on a CPU as two matrix products and a softmax, instead of by PyTorch's fused kernel.
+class ExplicitAttention:
+    """A context in which attention is computed on a CPU as two matrix products and a softmax.
 
-    The fused kernel's backward pass is slow where sequences are short: with 65 tokens it takes a third of the step. On
-    other devices nothing changes.
-
-    Args:
-        model: of timm, whose attention layers can do both.
-        device: where it is.
+    PyTorch's fused kernel has a backward pass that is slow where sequences are short: with 65 tokens it takes a third
+    of the step. On other devices nothing changes.
     """
-    layers = [layer for layer in model.modules() if getattr(layer, "fused_attn", False)] if device.type == "cpu" else []
-    try:
-        for layer in layers:
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Find the layers.
+
+        Args:
+            model: of timm, whose attention layers can do both.
+            device: where it is.
+        """
+        self._layers = [layer for layer in model.modules() if hasattr(layer, "fused_attn") and device.type == "cpu"]
+        self._changed: list[nn.Module] = []
+
+    def __enter__(self) -> None:
+        """Change the layers that are not explicit."""
+        self._changed = [layer for layer in self._layers if layer.fused_attn]
+        for layer in self._changed:
             layer.fused_attn = False  # type: ignore[assignment]
-        yield
-    finally:
-        for layer in layers:
+
+    def __exit__(self, *_: object) -> None:
+        """Change them back."""
+        for layer in self._changed:
             layer.fused_attn = True  # type: ignore[assignment]
 
 

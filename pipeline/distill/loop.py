@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.distill.attention import use_explicit_attention
+from pipeline.distill.attention import ExplicitAttention
 from pipeline.distill.config import Target
 from pipeline.distill.fused_block import use_faster_parts
 from pipeline.distill.method import LOSSES, Batch, Method
@@ -19,7 +19,7 @@ from pipeline.distill.step import ForwardBackward
 from pipeline.distill.student import Student
 from pipeline.distill.targets import Targets
 from pipeline.errors import PipelineError
-from pipeline.runtime import batch_must_fit
+from pipeline.runtime import batch_must_fit, seed_device
 
 _CHECK_STEPS = 50  # a GPU is asked for its losses this often, for then it must have finished
 
@@ -87,6 +87,7 @@ class Trainer:
             self.average = WeightAverage(self.method, recipe.average_decay) if recipe.average_decay else None
         self.recipe, self.compute = recipe, compute
         self.optimizer = make_optimizer(self.method, recipe)
+        self._explicit_attention = ExplicitAttention(student.model, compute.device)
         self.progress = Progress()
         self._sums = torch.zeros(len(LOSSES), device=compute.device)
         self._unchecked: list[tuple[int, Tensor]] = []  # numbers of steps, from 1, and their losses
@@ -120,11 +121,12 @@ class Trainer:
         progress, recipe = self.progress, self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, progress.num_steps, steps_per_epoch)
-        torch.manual_seed(step_seed(self.compute.seed, progress.epoch, progress.steps_done, purpose=1))
-        self.method.train()
+        seed_device(step_seed(self.compute.seed, progress.epoch, progress.steps_done, purpose=1), self.compute.device)
+        if not self.method.student.training:  # after an evaluation
+            self.method.train()
         self.optimizer.zero_grad(set_to_none=True)
         with self.batch_must_fit():
-            with use_explicit_attention(self.method.student.model, self.compute.device):
+            with self._explicit_attention:
                 losses = self.forward_backward(batch)
             self._unchecked.append((progress.num_steps + 1, losses))
             if self.compute.device.type == "cpu" or len(self._unchecked) >= _CHECK_STEPS:

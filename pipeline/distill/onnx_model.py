@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.distill.attention import use_explicit_attention
+from pipeline.distill.attention import ExplicitAttention
 from pipeline.distill.student import Student
 from pipeline.runtime import software_versions
 
@@ -67,7 +67,7 @@ def encode_onnx(student: Student, metadata: Mapping[str, Any]) -> bytes:
     """
     side = student.config.image_size
     # The exporter cannot take apart every fused attention.
-    with _quiet(), use_explicit_attention(student, torch.device("cpu")):
+    with _quiet(), ExplicitAttention(student, torch.device("cpu")):
         program = torch.onnx.export(
             _Deployed(student).eval(),
             (torch.zeros(2, side, side, 3, dtype=torch.uint8),),

@@ -18,6 +18,7 @@ from pipeline.runtime import (
     peak_memory,
     resolve_device,
     resolve_precision,
+    seed_device,
     software_versions,
 )
 
@@ -170,3 +171,17 @@ def test_versions_are_those_installed() -> None:
     assert versions["python"] == platform.python_version()
     assert versions["torch"] == importlib.metadata.version("torch")
     assert versions["no-such-package"] == "not installed"
+
+
+def test_a_device_is_seeded_as_pytorch_seeds_all() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    seed_device(7, CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_for_a_gpu_all_generators_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    seed_device(7, CUDA)
+    assert seeds == [7]

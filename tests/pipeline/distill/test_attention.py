@@ -7,9 +7,9 @@ import torch
 from timm.layers.activations import QuickGELU
 
 from pipeline.distill.attention import (
+    ExplicitAttention,
     FusedGELU,
     leave_unused_tokens_out,
-    use_explicit_attention,
     use_fused_gelu,
 )
 from tests.pipeline.distill.examples import CPU, make_student
@@ -24,14 +24,14 @@ def test_attention_is_explicit_inside_the_block_only() -> None:
     before = fused(model)
     assert before
     assert all(before)
-    with use_explicit_attention(model, CPU):
+    with ExplicitAttention(model, CPU):
         assert not any(fused(model))
     assert fused(model) == before
 
 
 def test_it_is_given_back_after_an_error() -> None:
     model = make_student("test_vit", 16).model
-    with pytest.raises(ZeroDivisionError), use_explicit_attention(model, CPU):
+    with pytest.raises(ZeroDivisionError), ExplicitAttention(model, CPU):
         raise ZeroDivisionError
     assert all(fused(model))
 
@@ -41,19 +41,19 @@ def test_a_layer_that_was_explicit_before_stays_so() -> None:
     layer = next(cast(Any, layer) for layer in model.modules() if hasattr(layer, "fused_attn"))
     layer.fused_attn = False
     before = fused(model)
-    with use_explicit_attention(model, CPU):
+    with ExplicitAttention(model, CPU):
         assert not any(fused(model))
     assert fused(model) == before
 
 
 def test_on_other_devices_nothing_changes() -> None:
     model = make_student("test_vit", 16).model
-    with use_explicit_attention(model, torch.device("cuda")):
+    with ExplicitAttention(model, torch.device("cuda")):
         assert all(fused(model))
 
 
 def test_a_model_without_attention_is_left_alone() -> None:
-    with use_explicit_attention(make_student("test_resnet", 8).model, CPU):
+    with ExplicitAttention(make_student("test_resnet", 8).model, CPU):
         pass
 
 
@@ -62,7 +62,7 @@ def test_both_ways_give_the_same_answers_and_gradients() -> None:
     pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = []
     for device in ("cpu", "cuda"):
-        with use_explicit_attention(student.model, torch.device(device)):
+        with ExplicitAttention(student.model, torch.device(device)):
             logits = student(pixels)[1]
             gradients = torch.autograd.grad(logits.square().sum(), list(student.parameters()), allow_unused=True)
         found.append([logits, *(gradient for gradient in gradients if gradient is not None)])
@@ -131,7 +131,7 @@ def test_the_last_block_learns_the_same_from_its_first_token_alone(options: dict
     whole = tiny_vit(**options)
     short = copy.deepcopy(whole)
     leave_unused_tokens_out(short)
-    with use_explicit_attention(whole, CPU), use_explicit_attention(short, CPU):
+    with ExplicitAttention(whole, CPU), ExplicitAttention(short, CPU):
         expected, found = trained(whole), trained(short)
     assert len(found) == len(expected)
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(found, expected, strict=True))
