@@ -158,12 +158,13 @@ def test_ours_is_the_trainers_step(prepared: Prepared) -> None:
 
 def test_products_are_those_of_the_blocks(prepared: Prepared) -> None:
     products = products_of(prepared.trainer)
-    assert len(products) == 6 * (4 * 3 + 6)  # 4 linear layers, attention's two products and their gradients
+    assert len(products) == 6 * (5 * 3 + 6)  # 5 linear layers, attention's two products and their gradients
     tokens, width, heads = 5, 256, 8
-    shapes = [tuple(product().shape) for product in products[:6]]
-    rows = 8 * tokens
-    assert shapes[:4] == [(rows, 3 * width), (rows, width), (rows, 4 * width), (rows, width)]
-    assert shapes[4:] == [(8 * heads, tokens, tokens), (8 * heads, tokens, width // heads)]
+    for first, used in ((0, tokens), (35, 1)):  # the first and the last block forward: of the last one token is used
+        shapes = [tuple(product().shape) for product in products[first : first + 7]]
+        assert shapes[:2] == [(8 * used, width), (8 * tokens, 2 * width)]
+        assert shapes[2:4] == [(8 * heads, used, tokens), (8 * heads, used, width // heads)]
+        assert shapes[4:] == [(8 * used, width), (8 * used, 4 * width), (8 * used, width)]
 
 
 def test_joined_targets_are_those_of_the_file(subject: Subject, rows: Any, tmp_path: Path) -> None:
