@@ -119,12 +119,13 @@ class Checkpoints:
         """
         found = self._found()
         for path in found:
+            following = "the one before is taken" if path != found[-1] else "there is none before it"
             try:
                 progress, tensors = _read(path)
                 trainer.restore(tensors, progress)
             except (OSError, ValueError, LookupError, TypeError, SafetensorError, RecursionError) as error:
                 reason = describe_problems(error) if isinstance(error, ValidationError) else first_line(error)
-                LOGGER.info("Checkpoint %s is damaged (%s): the one before is taken.", path, reason[:200])
+                LOGGER.info("Checkpoint %s is damaged (%s): %s.", path, reason[:200], following)
                 continue
             self._newest = progress.num_steps
             return True
@@ -152,12 +153,14 @@ def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
-    document: dict[str, Any] = json.loads((path / "progress.json").read_text("utf-8"))
-    if document["format"] != _FORMAT:
-        raise ValueError(f"its format is {document['format']!r}, expected {_FORMAT}")
-    if _sha256(path / "tensors.safetensors") != document["tensors_sha256"]:
+    document: Any = json.loads((path / "progress.json").read_text("utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError("progress.json holds no object")
+    if document.get("format") != _FORMAT:
+        raise ValueError(f"its format is {document.get('format')!r}, expected {_FORMAT}")
+    if _sha256(path / "tensors.safetensors") != document.get("tensors_sha256"):
         raise ValueError("tensors.safetensors has another digest than progress.json says")
-    progress = _PROGRESS.validate_python(document["progress"])
+    progress = _PROGRESS.validate_python(document.get("progress"))
     if progress.num_steps != int(path.name) or progress.epoch < 1 or not 0 <= progress.steps_done <= progress.num_steps:
         raise ValueError(f"progress.json stands at step {progress.steps_done} of epoch {progress.epoch}")
     return progress, load_file(path / "tensors.safetensors")

@@ -9,7 +9,13 @@ from timm.layers.activations import QuickGELU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.distill.attention import QUICK_GELU_SLOPE, FusedGELU, leave_unused_tokens_out, use_fused_gelu
+from pipeline.distill.attention import (
+    QUICK_GELU_SLOPE,
+    FusedGELU,
+    leave_unused_tokens_out,
+    may_be_laid_out,
+    use_fused_gelu,
+)
 from pipeline.distill.branches import (
     NOTHING_DROPPED,
     AttentionParts,
@@ -90,7 +96,7 @@ class FusedBlock(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch used width"]:
         """Compute the block: in training of the used tokens, else of all."""
         block: Any = self._whole[0]
-        if not self.training:
+        if not (self.training and may_be_laid_out(tokens.shape[1], block.attn)):
             whole: Tensor = block(tokens)
             return whole
         attention, mlp = block.attn, block.mlp

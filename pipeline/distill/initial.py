@@ -1,5 +1,6 @@
 """Weights that a student begins with, where it does not begin from scratch."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pipeline.errors import PipelineError, first_line, listed
 _NO_CLASSES = -1  # no model has so many: timm then leaves the classifier out
 
 
-def initialise(student: Student, init: str) -> None:
+def initialise(student: Student, init: str) -> str | None:
     """Give a student weights that were learned before; its classifier stays new, unless it is of the same classes.
 
     Args:
@@ -23,11 +24,14 @@ def initialise(student: Student, init: str) -> None:
         init: `scratch`: leave it so; `pretrained`: timm's weights of this architecture, from the hub; else a folder
             with model.safetensors: a student, or a timm model. Embeddings of positions are resized.
 
+    Returns:
+        The SHA-256 of all weights as they are then, names included; of a student from scratch none: its seed says it.
+
     Raises:
         PipelineError: there are no such weights, they cannot be had, or they are of another model.
     """
     if init == "scratch":
-        return
+        return None
     config = student.config
     where = f"student {config.architecture}"
     overlay: dict[str, object] = {}
@@ -59,6 +63,10 @@ def initialise(student: Student, init: str) -> None:
         for name in _classifier_names(student):
             state[name] = student.model.state_dict()[name]
     student.model.load_state_dict(state)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + b"\0" + state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_folder(folder: Path, class_names: tuple[str, ...]) -> tuple[Mapping[str, Tensor], bool]:

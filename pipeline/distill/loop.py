@@ -21,6 +21,8 @@ from pipeline.distill.targets import Targets
 from pipeline.errors import PipelineError
 from pipeline.runtime import batch_must_fit, seed_device
 
+# Another number with every change of what a step computes, last bits and random numbers included.
+ARITHMETIC = 2
 _CHECK_STEPS = 50  # a GPU is asked for its losses this often, for then it must have finished
 
 

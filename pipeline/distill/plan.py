@@ -145,7 +145,7 @@ def plan(settings: DistillSettings, *, ram_bytes: int | None = None, hours: floa
             device_memory_bytes=memory.device_bytes,
             run_bytes=run_bytes,
         )
-        suggestions = [] if ram_bytes is None else _for_memory(found, bytes_each, ram_bytes)
+        suggestions = [] if ram_bytes is None else _for_memory(found, _may_be_reduced(prepared), bytes_each, ram_bytes)
         suggestions += [] if hours is None else _for_time(found, prepared, settings, hours)
         return replace(found, suggestions=tuple(suggestions))
 
@@ -211,20 +211,32 @@ def _try_saving(trainer: Trainer, out: Path) -> tuple[float, int]:
     return seconds, 3 * sum(sizes.values()) + 2 * student  # while the third checkpoint is written
 
 
-def _for_memory(found: Plan, bytes_each: float | None, ram_bytes: int) -> list[str]:
-    """Suggest the largest micro-batch, a half of a half … of the batch, that fits."""
+def _may_be_reduced(prepared: Prepared) -> bool:
+    trainer = prepared.trainer
+    is_whole = trainer.compute.precision == torch.float32
+    return is_whole and is_sound_in_bfloat16(trainer.kept.model, trainer.compute.device)
+
+
+def _for_memory(found: Plan, may_be_reduced: bool, bytes_each: float | None, ram_bytes: int) -> list[str]:
+    """Suggest bfloat16 if that may be, and the largest micro-batch, a half of a half … of the batch, that fits."""
     held = found.device_memory_bytes or found.memory_bytes
     if held <= ram_bytes:
         return []
+    # What this process held before cannot be told from what it would need: another precision wants another process.
+    reduced = ["--precision bfloat16: see what `plan --precision bfloat16` says"] if may_be_reduced else []
+    return [*reduced, _micro_batch_for(found, held, bytes_each, ram_bytes)]
+
+
+def _micro_batch_for(found: Plan, held: int, bytes_each: float | None, ram_bytes: int) -> str:
     if bytes_each is None:
-        return ["--micro-batch: see what `plan --no-compile` says"]
+        return "--micro-batch: see what `plan --no-compile` says"
     micro_batch = found.micro_batch
     while micro_batch > _SMALLEST_MICRO_BATCH and held - (found.micro_batch - micro_batch) * bytes_each > ram_bytes:
         micro_batch = max(micro_batch // 2, _SMALLEST_MICRO_BATCH)
     needed = held - (found.micro_batch - micro_batch) * bytes_each
     if needed > ram_bytes:
-        return [f"a smaller student: with --micro-batch {micro_batch} this one still takes about {size(needed)}"]
-    return [f"--micro-batch {micro_batch}: about {size(needed)}"]
+        return f"a smaller student: with --micro-batch {micro_batch} this one still takes about {size(needed)}"
+    return f"--micro-batch {micro_batch}: about {size(needed)}"
 
 
 def _for_time(found: Plan, prepared: Prepared, settings: DistillSettings, hours: float) -> list[str]:

@@ -36,7 +36,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run consists of. The trainer stands at the start."""
+    """What a run consists of. The trainer stands at the start.
+
+    `initial_sha256`: of the weights that `--init` gave, where it gave some.
+    """
 
     data: Labelled
     images: Images
@@ -44,6 +47,7 @@ class Prepared:
     join_report: JoinReport
     trainer: Trainer
     feed: Feed
+    initial_sha256: str | None = None
 
 
 def compute_for(settings: DistillSettings) -> Compute:
@@ -81,8 +85,8 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
     checkpoints = (settings.out / "checkpoints").glob("[0-9]*")
-    if not (settings.resume and any(checkpoints)):  # else all weights are in a checkpoint
-        initialise(student, settings.init)
+    is_new = not (settings.resume and any(checkpoints))  # else all weights are in a checkpoint
+    initial = initialise(student, settings.init) if is_new else None
     check_output(settings.out, _needed_bytes(student), replaceable=True)
     images = _decode(settings, data, evaluation, replayed_views(artifact, settings.target, recipe))
     targets = join(artifact, images.train, rows, settings.target, recipe)
@@ -94,7 +98,7 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
         compute = replace(compute, precision=torch.float32)
     trainer = Trainer(student, targets, settings.target, recipe, compute)
     feed = Feed(images.train, targets, recipe, compute.device, settings.seed)
-    return Prepared(data, images, targets, report, trainer, feed)
+    return Prepared(data, images, targets, report, trainer, feed, initial)
 
 
 def is_sound_in_bfloat16(model: nn.Module, device: torch.device) -> bool:

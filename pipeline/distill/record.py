@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.distill.checkpoint import Checkpoints
-from pipeline.distill.loop import Compute, Trainer
+from pipeline.distill.loop import ARITHMETIC, Compute, Trainer
 from pipeline.distill.place import Place
 from pipeline.distill.student import save_student
 from pipeline.errors import PipelineError, describe_differences, first_line
@@ -84,8 +84,9 @@ class RunDirectory:
         Raises:
             PipelineError: the older part has other settings, or its checkpoints are damaged.
         """
-        self._record = {"status": "running", **self._record, **found, "machine": _machine(trainer.compute)}
-        self._record["software"] = software_versions(_SOFTWARE)
+        kept = {name: self._before[name] for name in ("initial",) if name in self._before}
+        self._record = {"status": "running", **self._record, **kept, **found, "machine": _machine(trainer.compute)}
+        self._record["software"] = software_versions(_SOFTWARE) | {"arithmetic": str(ARITHMETIC)}
         try:
             if self._place.resumes:
                 self._check_same()
@@ -172,7 +173,7 @@ class RunDirectory:
         if _circumstances(self._before) != _circumstances(now):
             LOGGER.info(
                 "The run was begun with other software, on another machine, or with another --micro-batch or "
-                "--compile: its last bits may differ, and with the latter two what is dropped at random."
+                "--compile: its last bits may differ, and what is dropped at random."
             )
         self._checkpoints.restore(trainer)
         for folder in (self.path, self.path / "student"):  # what was being written when the run was killed

@@ -126,7 +126,8 @@ def found_for_run(prepared: Prepared) -> dict[str, Any]:
         The other parts of its record.
     """
     images, data, compute = prepared.images, prepared.data, prepared.trainer.compute
-    return {
+    initial = {} if prepared.initial_sha256 is None else {"initial": {"weights_sha256": prepared.initial_sha256}}
+    return initial | {
         "data": {
             "name": data.name,
             "revision": data.revision,

@@ -1,5 +1,6 @@
 """One step of training: forward and backward pass by parts of a batch, compiled where that is asked for."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,7 @@ class ForwardBackward:
         # A short last batch would be compiled for on its own, for a minute, and then come once an epoch.
         self._compiled_size = compiled_size
         self._compiled: Callable[..., Tensor] | None = None
+        self.compile_seconds = 0.0  # what compiling took so far
 
     @property
     def compiled(self) -> bool:
@@ -79,6 +81,7 @@ class ForwardBackward:
         parts = len(list(self._parts(len(batch.pixels))))
         mode = "reduce-overhead" if on_gpu and parts == 1 else None
         LOGGER.info("Compiling the step, which takes a minute or so.")
+        start = time.monotonic()
         try:
             self._compiled = torch.compile(self._method, mode=mode, dynamic=False)
             for _ in range(_GRAPH_TRIALS if mode else 1):
@@ -92,3 +95,4 @@ class ForwardBackward:
             buffer.copy_(value)
         self._method.zero_grad(set_to_none=True)
         torch.manual_seed(seed)
+        self.compile_seconds += time.monotonic() - start

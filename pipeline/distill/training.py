@@ -79,7 +79,7 @@ class Training:
         if limits.reached(trainer):
             return
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images, done=progress.epoch_images) as bar:
-            clock = _Clock(feed)
+            clock = _Clock(feed, trainer)
             batches = feed.epoch(progress.epoch, progress.steps_done)
             while (batch := self._next(batches)) is not None:
                 trainer.step(batch, feed.num_steps)
@@ -88,12 +88,12 @@ class Training:
                     break
                 if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
                     trainer.check_finite()
-                    clock.note(trainer)
+                    clock.note()
                     self._directory.save_checkpoint(trainer)
                     saved = time.monotonic()
-                    clock = _Clock(feed)
+                    clock = _Clock(feed, trainer)
             trainer.check_finite()  # waits for the device
-            clock.note(trainer)
+            clock.note()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         with self._trainer.batch_must_fit():
@@ -126,18 +126,22 @@ class Training:
 
 
 class _Clock:
-    """Measures time of training, and how much of it went by waiting for batches."""
+    """Measures time of training, compiling left out, and how much of it went by waiting for batches."""
 
-    def __init__(self, feed: Batches) -> None:
-        self._feed, self._start, self._fed = feed, time.monotonic(), feed.seconds
+    def __init__(self, feed: Batches, trainer: Trainer) -> None:
+        self._feed, self._trainer = feed, trainer
+        self._start, self._fed = self._now(), feed.seconds
 
-    def note(self, trainer: Trainer) -> None:
+    def note(self) -> None:
         """Add to the trainer's progress what went by since the start."""
-        progress = trainer.progress
-        seconds, fed = time.monotonic() - self._start, self._feed.seconds - self._fed
+        trainer, progress = self._trainer, self._trainer.progress
+        seconds, fed = self._now() - self._start, self._feed.seconds - self._fed
         trainer.progress = replace(
             progress,
             epoch_seconds=progress.epoch_seconds + seconds,
             seconds=progress.seconds + seconds,
             feed_seconds=progress.feed_seconds + fed,
         )
+
+    def _now(self) -> float:
+        return time.monotonic() - self._trainer.forward_backward.compile_seconds

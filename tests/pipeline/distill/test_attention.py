@@ -52,6 +52,13 @@ def test_on_other_devices_nothing_changes() -> None:
         assert all(fused(model))
 
 
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, True), (0.1, False)])
+def test_long_sequences_are_left_to_the_kernel_that_holds_no_weights(dropout: float, expected: bool) -> None:
+    model = timm.create_model("test_vit", img_size=400, num_classes=3, attn_drop_rate=dropout)  # 25 × 25 patches
+    with ExplicitAttention(model, CPU):
+        assert set(fused(model)) == {expected}
+
+
 def test_a_model_without_attention_is_left_alone() -> None:
     with ExplicitAttention(make_student("test_resnet", 8).model, CPU):
         pass

@@ -417,12 +417,12 @@ def test_progress_that_cannot_be_is_damage(changed: dict[str, Any], saved: Saved
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[]", "list indices must be integers or slices, not str"),
-        ("null", "'NoneType' object is not subscriptable"),
-        ('"format"', "string indices must be integers"),
-        ("{}", "'format'"),
+        ("[]", "progress.json holds no object"),
+        ("null", "progress.json holds no object"),
+        ('"format"', "progress.json holds no object"),
+        ("{}", "its format is None, expected 1"),
         ('{"format": 2}', "its format is 2, expected 1"),
-        ('{"format": 1}', "'tensors_sha256'"),
+        ('{"format": 1}', DIGEST),
         ('{"format": 1, "tensors_sha256": 5}', DIGEST),
         ("[" * 100_000, "maximum recursion depth exceeded"),
         ("1" * 5000, "Exceeds the limit (4300"),
@@ -456,7 +456,10 @@ def test_problems_with_several_figures_are_one_line(saved: Saved, make: Make, ca
     ]
 
 
-def test_where_all_are_damaged_a_run_is_not_gone_on_with(saved: Saved, make: Make) -> None:
+def test_where_all_are_damaged_a_run_is_not_gone_on_with(
+    saved: Saved, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "clip_embed_kd")
     checkpoints, _ = saved
     truncate(checkpoints.folder / "00000002")
     write_garbage(checkpoints.folder / "00000004")
@@ -465,6 +468,10 @@ def test_where_all_are_damaged_a_run_is_not_gone_on_with(saved: Saved, make: Mak
     with pytest.raises(PipelineError) as caught:
         Checkpoints(checkpoints.folder).restore(trainer)
     assert str(caught.value) == f"{checkpoints.folder}: all checkpoints are damaged. Begin anew with --overwrite."
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "the one before is taken.",
+        "there is none before it.",
+    ]
     assert equal(state(trainer), before)
 
 

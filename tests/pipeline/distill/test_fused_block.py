@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline.distill.branches import draw_kept
@@ -147,6 +148,22 @@ def test_only_the_used_token_of_the_last_block_is_computed() -> None:
     assert [block.used for block in written.blocks] == [None, 1]
     assert written.forward_features(torch.randn(2, 3, 8, 8).double()).shape[1] == 1
     assert written.eval().forward_features(torch.randn(2, 3, 8, 8).double()).shape[1] == 5
+
+
+def test_a_long_sequence_is_left_to_timm_unless_attention_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    whole = Block.forward
+
+    def forward(self: Block, tokens: Tensor) -> Tensor:
+        computed.append(tokens.shape[1])
+        found: Tensor = whole(self, tokens)
+        return found
+
+    monkeypatch.setattr(Block, "forward", forward)
+    for dropout in (0.0, 0.1):
+        model = fused(small_vit(attn_drop_rate=dropout))
+        cast(Any, model).blocks[0](torch.randn(1, 601, 16, dtype=torch.float64))
+    assert computed == [601]
 
 
 def scaled(block: Any) -> None:

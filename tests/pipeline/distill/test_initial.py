@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,17 @@ def split(student: Student, name: str) -> tuple[dict[str, Tensor], dict[str, Ten
 def test_from_scratch_nothing_changes() -> None:
     student = make_student()
     before = weights_of(student)
-    initialise(student, "scratch")
+    assert initialise(student, "scratch") is None
     assert equal_weights(weights_of(student), before)
 
 
 # A folder
+
+
+def test_the_digest_is_that_of_the_weights(tmp_path: Path) -> None:
+    found = {initialise(make_student(), str(keep(make_student(seed=seed), tmp_path / str(seed)))) for seed in (1, 1, 2)}
+    assert len(found) == 2
+    assert all(digest is not None and re.fullmatch("[0-9a-f]{64}", digest) for digest in found)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -59,10 +66,10 @@ def test_a_student_of_the_same_classes_is_taken_over_whole(name: str, tmp_path: 
     earlier, student = make_student(name, 32, seed=1), make_student(name, 32)
     folder = keep(earlier, tmp_path / "run")
     assert not equal_weights(weights_of(student), weights_of(earlier))
-    initialise(student, str(folder))
+    digest = initialise(student, str(folder))
     assert equal_weights(weights_of(student), weights_of(earlier))
     again = make_student(name, 32)
-    initialise(again, str(folder / "student"))
+    assert initialise(again, str(folder / "student")) == digest
     assert equal_weights(weights_of(again), weights_of(earlier))
 
 

@@ -121,12 +121,32 @@ class _Memory:
     ],
 )
 def test_the_largest_micro_batch_that_fits_is_suggested(ram_bytes: int, expected: list[str]) -> None:
-    assert module._for_memory(PLAN, 10 * MB, ram_bytes) == expected
+    assert module._for_memory(PLAN, False, 10 * MB, ram_bytes) == expected
 
 
 def test_on_a_gpu_its_own_memory_counts() -> None:
-    assert module._for_memory(replace(PLAN, device_memory_bytes=MB), 10 * MB, GB) == []
-    assert module._for_memory(replace(PLAN, memory_bytes=MB, device_memory_bytes=2 * GB), 10 * MB, GB) != []
+    assert module._for_memory(replace(PLAN, device_memory_bytes=MB), False, 10 * MB, GB) == []
+    assert module._for_memory(replace(PLAN, memory_bytes=MB, device_memory_bytes=2 * GB), False, 10 * MB, GB) != []
+
+
+def test_where_memory_does_not_last_another_precision_is_suggested_first() -> None:
+    assert module._for_memory(PLAN, True, 10 * MB, 2 * GB) == []
+    assert module._for_memory(PLAN, True, 10 * MB, 1500 * MB) == [
+        "--precision bfloat16: see what `plan --precision bfloat16` says",
+        "--micro-batch 24: about 1.3 GB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("student", "precision", "expected"),
+    [("test_vit", "float32", True), ("test_vit", "bfloat16", False), ("test_resnet", "float32", False)],
+)
+def test_bfloat16_is_suggested_where_float32_was_measured_and_the_student_is_sound_in_it(
+    start: Callable[..., DistillSettings], student: str, precision: str, expected: bool
+) -> None:
+    settings = start(student=student, precision=precision, image_size=16)
+    found = plan(settings, ram_bytes=1)
+    assert any(text.startswith("--precision bfloat16") for text in found.suggestions) == expected
 
 
 def test_what_is_compiled_is_measured_with_its_own_micro_batch_alone(

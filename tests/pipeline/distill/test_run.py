@@ -256,6 +256,16 @@ def test_a_run_can_begin_with_the_student_of_another(finished: DistillResult, st
         assert (earlier - later).abs().max() < 1e-6, name
 
 
+def test_the_record_keeps_which_weights_a_run_began_with(finished: DistillResult, start: Start) -> None:
+    assert "initial" not in record_of(finished.run_directory)
+    settings = {"init": str(finished.run_directory), "epochs": 9}
+    folder = distill(start(**settings, max_steps=1)).run_directory
+    digest = record_of(folder)["initial"]["weights_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    distill(start(**settings, max_steps=2, resume=True))
+    assert record_of(folder)["initial"] == {"weights_sha256": digest}
+
+
 def test_a_run_whose_checkpoints_are_gone_begins_again_with_the_weights_it_began_with(
     finished: DistillResult, start: Start
 ) -> None:

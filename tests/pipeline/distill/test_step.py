@@ -170,6 +170,19 @@ def fail_at_the_first_batch(method: Method, **options: Any) -> Callable[..., Ten
     return compiled
 
 
+def test_the_time_that_compiling_takes_is_told_apart(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([10.0, 40.0])
+    monkeypatch.setattr("pipeline.distill.step.time.monotonic", lambda: next(now))
+    method, (batch, _) = make(tmp_path)
+    step = ForwardBackward(method, FLOAT, None, compiled_size=8)
+    assert step.compile_seconds == 0
+    step(batch)
+    step(batch)
+    assert step.compile_seconds == 30
+
+
 @pytest.mark.parametrize("fail", [fail_at_once, fail_at_the_first_batch])
 def test_where_compilation_fails_the_reason_is_said_and_the_step_is_not_compiled(
     fail: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
