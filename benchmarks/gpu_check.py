@@ -20,6 +20,7 @@ from pipeline.runtime import resolve_device, resolve_precision, software_version
 NUM_IMAGES = {"train": 50_000, "test": 10_000}
 NUM_CLASSES = 100
 GPU_BYTES_A_JOB = 6e9  # of the largest students
+UNKNOWN_COMMIT = "unknown: no repository here, and no CLIP_EMBED_KD_COMMIT"
 DISK_BYTES, SHARED_BYTES = 20e9, 4e9  # of all that is left behind; of batches between processes
 
 
@@ -52,7 +53,7 @@ def check_machine(reproduction: Reproduction, num_at_once: int) -> list[str]:
 
 
 def _facts(reproduction: Reproduction, num_at_once: int) -> Iterator[Fact]:
-    yield Fact("program", f"commit {commit() or 'unknown: no repository here'}, Python {sys.version.split()[0]}")
+    yield Fact("program", f"commit {commit() or UNKNOWN_COMMIT}, Python {sys.version.split()[0]}")
     versions = software_versions(("torch", "torchvision", "timm", "transformers", "datasets", "h5py"))
     yield Fact("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python"))
     yield from _device(reproduction.device, num_at_once)

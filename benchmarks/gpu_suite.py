@@ -67,7 +67,7 @@ SPEEDS = (
 def main(out: Path, only_check: bool, jobs: int, max_minutes: float, wanted: Sequence[str], **options: object) -> None:
     """Run the suite for some minutes, and say what is left.
 
-    Stages: recipe paper; students by recipe strong, and figure 3; speed and memory; the rest of one seed; more seeds.
+    Stages: recipe paper; students by recipe strong; figure 3; speed and memory; the rest of one seed; more seeds.
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)

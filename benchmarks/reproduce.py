@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_bench import Outcome, pending
-from benchmarks.reproduce_page import SHOWN, write_page
+from benchmarks.reproduce_page import write_page
 from benchmarks.reproduce_plan import Reproduction
 from benchmarks.reproduce_processes import Processes, stopping
 from benchmarks.reproduce_runs import SCALES
+from benchmarks.reproduce_sections import SHOWN
 from benchmarks.reproduce_study import TARGETS
 from pipeline.errors import PipelineError
 

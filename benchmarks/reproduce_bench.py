@@ -153,18 +153,20 @@ def result_path(results: Path, job: Job) -> Path:
 
 
 def commit() -> str | None:
-    """Return the commit of the program, with a + where its files differ from it.
+    """Return the commit that changed the program last, with a + where its files differ from it.
 
+    Later commits, of results for one, leave it as it is: what they are compared with was made by the same program.
     Outside a repository CLIP_EMBED_KD_COMMIT says it, or nothing does.
     """
     git = ["git", "-C", str(ROOT)]
     try:
-        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         parts = ["cli.py", "store", "pipeline", "benchmarks/*.py"]
+        last = [*git, "log", "-1", "--abbrev=12", "--format=%h", "--", *parts]
+        found = subprocess.run(last, capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *parts], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CLIP_EMBED_KD_COMMIT")
-    return found.stdout.strip() + ("+" if changed else "")
+    return found.stdout.strip() + ("+" if changed else "") or None
 
 
 class _NeedError(Exception):

@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks.distill_loops import LABEL_COLUMN
 from benchmarks.distill_setup import KINDS
 from benchmarks.extract_setup import ROOT
+from benchmarks.reproduce_results import recipe_digest
 from benchmarks.reproduce_runs import (
     ALL_IMAGES,
     LIVE,
@@ -51,9 +52,9 @@ class Place:
             return self.work / "artifacts" / f"{run.name}.safetensors"
         if isinstance(run, FineTuning):
             return self.work / "teachers" / run.name
-        # Run directories of other settings are never mixed.
-        epochs = f"-{run.epochs}-epochs" if isinstance(run, Training) else ""
-        return self.work / "runs" / (run.name + epochs)
+        # Run directories of other settings are never mixed: a recipe that has changed begins another one.
+        told = f"-{run.epochs}-epochs-{recipe_digest(run.recipe)[:6]}" if isinstance(run, Training) else ""
+        return self.work / "runs" / (run.name + told)
 
     def teacher(self, name: str) -> Path:
         """Return a teacher's folder."""

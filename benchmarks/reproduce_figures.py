@@ -11,11 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import reproduce_paper as paper
+from benchmarks.reproduce_comparisons import measurements
 from benchmarks.reproduce_results import Results
 from benchmarks.reproduce_runs import Measurement, Scale, Training
 from benchmarks.reproduce_study import KNOWN, RECIPES, SIDES, SIZES
 from benchmarks.reproduce_tables import called, over_alpha2_of
-from benchmarks.reproduce_verdicts import measurements
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:

@@ -4,22 +4,19 @@ The same results give the same page to the byte. Nothing is run.
 """
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from benchmarks import reproduce_figures as figures
-from benchmarks import reproduce_paper as paper
-from benchmarks import reproduce_resources as resources
-from benchmarks import reproduce_tables as tables
+from benchmarks.reproduce_comparisons import device_of
 from benchmarks.reproduce_results import Results, read_results
 from benchmarks.reproduce_runs import SCALES, Scale
-from benchmarks.reproduce_study import SIZES
+from benchmarks.reproduce_sections import SECTIONS, SHOWN, Section
+from benchmarks.reproduce_tables import Lines, table
 from benchmarks.reproduce_verdicts import NOT_RUN, judge
 from pipeline.output import write_output
 
-SHOWN = ("full", "reduced")
 _WIDTH = 118
 _INTRODUCTION = """# The paper, reproduced
 
@@ -29,90 +26,7 @@ Accuracies are top-1 on the 10,000 test images of CIFAR-100 in percent, after th
 best epoch, chosen on the same images. ± is the sample standard deviation over seeds, whose number stands in brackets.
 What was not run says so.
 """
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: heading, what is compared, the target that fills it, its tables, and its figure if any.
-
-    What `counts` is the same at every scale.
-    """
-
-    heading: str
-    text: str
-    target: str
-    tables: Sequence[Callable[[Results, Scale], tables.Lines]]
-    figure: str | None = None
-    counts: bool = False
-
-
-_MEMORY = (
-    "Memory is what the process holds at its peak above an idle one that has imported PyTorch, on a GPU what PyTorch "
-    f"allocated there; times are medians of {SCALES['full'].steps} steps at scale full, {SCALES['reduced'].steps} at "
-    "reduced. Neither hangs on what weights are worth: teachers have random ones."
-)
-SECTIONS = (
-    Section("Table I: sizes", "Counted from the models themselves.", "table1", [resources.sizes], counts=True),
-    Section(
-        "Table II: memory of weights",
-        "Bytes of the teacher's weights in float32, over those of student, projection and class means: the paper's "
-        "17× and 59×. Base student, 32 px.",
-        "table1",
-        [resources.weights],
-        counts=True,
-    ),
-    Section(
-        "Table II: the base student at 32 px",
-        "Recipe `paper`, α₂ = 0.5, class embeddings of N = 100 images a class. Teacher-KD runs the teacher on every "
-        f"batch. {_MEMORY}",
-        "table2",
-        [tables.base_student, partial(resources.resources, compared=[(name, "base", 32) for name in paper.TEACHERS])],
-    ),
-    Section(
-        "Table III: larger students and images",
-        "Recipe `paper`, α₂ = 0.5.",
-        "table3",
-        [tables.larger],
-    ),
-    Section(
-        "Figure 2: memory and time",
-        _MEMORY,
-        "fig2",
-        [partial(resources.resources, compared=[("Large-32", *size) for size in SIZES])],
-        "fig2",
-    ),
-    Section(
-        "Figure 3: accuracy over α₂",
-        "Large student, 32 px, recipe `paper`. At α₂ = 1 no loss teaches the classifier: an image's class is that "
-        "of the nearest projected class embedding.",
-        "fig3",
-        [tables.over_alpha2],
-        "fig3",
-    ),
-    Section(
-        "Few labels",
-        "α₂ = 0 against class embeddings, base student. The artifact is of the student's own images, so that no other "
-        "label comes in through it. Fewer labels have more epochs: as many steps, but at most four times the epochs.",
-        "labels",
-        [tables.few_labels],
-        "labels",
-    ),
-    Section(
-        "What each kind of artifact passes on",
-        "Base student, 32 px. The ridge head is the artifact's own, fitted in closed form to the teacher's embeddings "
-        "of the training images: how good the teacher is on this data. Fine-tuned means on the same training images.",
-        "kinds",
-        [tables.kinds],
-    ),
-    Section(
-        "A live teacher, and the artifact instead",
-        "Base student, 32 px, recipe `paper`. Speed is of training steps, the ratio is over Teacher-KD with the live "
-        "teacher, seed by seed, of runs on one machine under the same conditions. Memory is the process's at its peak, "
-        "on a GPU what PyTorch allocated there. The released loop computes in float32.",
-        "live",
-        [tables.live],
-    ),
-)
+_WHERE = "A run that several targets share stands with the first of them."
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -146,17 +60,11 @@ def page(found: Mapping[str, Results]) -> str:
     scales = [f"- **{name}**: {SCALES[name]}" for name in found]
     parts = ["\n".join([_INTRODUCTION, *scales]), "\n".join(["## Claims", "", *_claims(found)])]
     for section in SECTIONS:
-        head = [
-            f"## {section.heading}",
-            "",
-            *textwrap.wrap(section.text, _WIDTH),
-            "",
-            "```sh",
-            _command(section),
-            "```",
-        ]
+        head = [f"## {section.heading}", "", *textwrap.wrap(section.text, _WIDTH)]
         parts.append("\n".join([*head, *_body(section, found)]))
-    return "\n\n".join([*parts, "\n".join(["## Where", "", *_machines(found)])]) + "\n"
+    return (
+        "\n\n".join([*parts, "\n".join(["## Where", "", *textwrap.wrap(_WHERE, _WIDTH), "", *_machines(found)])]) + "\n"
+    )
 
 
 def drawings(results: Results, scale: Scale, name: str) -> dict[str, Callable[[], bytes]]:
@@ -165,7 +73,7 @@ def drawings(results: Results, scale: Scale, name: str) -> dict[str, Callable[[]
     if bars := figures.resource_bars(results, scale):
         made["fig2"] = partial(figures.draw_bars, bars)
     if lines := figures.alpha2_lines(results, scale):
-        title = f"Large student, 32 px, recipe paper\n{name}: {scale}"
+        title = f"{scale.weights_student.capitalize()} student, 32 px, recipe paper\n{name}: {scale}"
         made["fig3"] = partial(figures.draw_lines, lines, title, "α₂", is_log=False)
     if lines := figures.label_lines(results, scale):
         title = f"Base student, 32 px, scale {name}"
@@ -173,26 +81,28 @@ def drawings(results: Results, scale: Scale, name: str) -> dict[str, Callable[[]
     return made
 
 
-def _command(section: Section) -> str:
-    return f"python benchmarks/reproduce.py {section.target}" + ("" if section.counts else " --scale full")
-
-
-def _body(section: Section, found: Mapping[str, Results]) -> tables.Lines:
+def _body(section: Section, found: Mapping[str, Results]) -> Lines:
     if not section.counts:
         return [line for name, results in found.items() for line in _of_scale(section, name, results)]
-    made = (_tables(section, name, results) for name, results in found.items())
-    return next(filter(None, made), ["", f"{NOT_RUN.capitalize()}."])
+    made = ((name, _tables(section, name, results)) for name, results in found.items())
+    return next(([*_command(section, name), *lines] for name, lines in made if lines), ["", f"{NOT_RUN.capitalize()}."])
 
 
-def _of_scale(section: Section, name: str, results: Results) -> tables.Lines:
+def _of_scale(section: Section, name: str, results: Results) -> Lines:
     """Return the tables of one scale; where nothing of them was run, that alone is said."""
     scale, lines = SCALES[name], _tables(section, name, results)
     if section.figure in drawings(results, scale, name):
         lines += ["", f"![{section.heading}, {name}](figures/{section.figure}-{name}.svg)"]
-    return ["", f"**{name}** ({scale}):", *lines] if lines else ["", f"**{name}** ({scale}): {NOT_RUN}."]
+    told = f"**{name}** ({scale})"
+    return ["", f"{told}:", *_command(section, name), *lines] if lines else ["", f"{told}: {NOT_RUN}."]
 
 
-def _tables(section: Section, name: str, results: Results) -> tables.Lines:
+def _command(section: Section, name: str) -> Lines:
+    """Return the command that makes a section's tables at a scale."""
+    return ["", "```sh", f"python benchmarks/reproduce.py {section.target} --scale {name}", "```"]
+
+
+def _tables(section: Section, name: str, results: Results) -> Lines:
     """Return the tables in which anything was run."""
     scale, lines = SCALES[name], []
     for make in section.tables:
@@ -202,7 +112,7 @@ def _tables(section: Section, name: str, results: Results) -> tables.Lines:
     return lines
 
 
-def _claims(found: Mapping[str, Results]) -> tables.Lines:
+def _claims(found: Mapping[str, Results]) -> Lines:
     """Return the table of verdicts; a claim that no scale has numbers of has one line."""
     judged = {name: judge(results, SCALES[name]) for name, results in found.items()}
     rows = []
@@ -213,20 +123,20 @@ def _claims(found: Mapping[str, Results]) -> tables.Lines:
             if verdict.word != NOT_RUN or verdict.evidence
         ]
         rows += told or [[verdicts[0].claim, "", NOT_RUN, ""]]
-    return tables.table(["the paper says", "scale", "verdict", "numbers"], rows, words=4)
+    return table(["the paper says", "scale", "verdict", "numbers"], rows, words=4)
 
 
-def _machines(found: Mapping[str, Results]) -> tables.Lines:
-    """Return on which machines, and from which commits, how many results come."""
+def _machines(found: Mapping[str, Results]) -> Lines:
+    """Return on which machines, and from which commits, how many results of each target come."""
     counts: dict[tuple[str, ...], int] = {}
     for name, results in found.items():
         for each in results.all():
             machine, versions = each.machine, each.versions
-            where = f"{machine.get('device')}, {machine.get('processor')}, {machine.get('cores')} cores"
+            where = f"{device_of(each)}, {machine.get('processor')}, {machine.get('cores')} cores"
             how = "compiled" if each.conditions.get("compiled") else "eager"
             conditions = f"{how}, {each.conditions.get('jobs')} at once"
-            key = (name, where, f"PyTorch {versions.get('torch')}", conditions, each.commit or "unknown")
+            key = (name, each.target, where, f"PyTorch {versions.get('torch')}", conditions, each.commit or "unknown")
             counts[key] = counts.get(key, 0) + 1
     rows = [[*key, str(number)] for key, number in sorted(counts.items())]
-    head = ["scale", "machine", "software", "conditions", "commit", "runs"]
-    return tables.table(head, rows, words=5) if rows else [f"{NOT_RUN.capitalize()}."]
+    head = ["scale", "target", "machine", "software", "conditions", "commit", "runs"]
+    return table(head, rows, words=6) if rows else [f"{NOT_RUN.capitalize()}."]

@@ -1,6 +1,7 @@
 """What can be reproduced here: which teachers and data are at hand, where results go, and with what they are made."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,7 +55,8 @@ class Reproduction:
         Raises:
             PipelineError: the device or every teacher in the folder is absent.
         """
-        study = Study(SCALES[self.scale], self.seeds, list(self._at_hand), resolve_device(self.device).type)
+        model = slug(machine(self._device)["device"])
+        study = Study(SCALES[self.scale], self.seeds, list(self._at_hand), model)
         if not study.usual:
             click.echo(f"No accuracies: neither {paper.TEACHERS['Large-32']} nor {KNOWN} is at hand.", err=True)
         return study
@@ -73,11 +75,15 @@ class Reproduction:
         work, study = self.work.absolute(), self.study
         os.environ.setdefault("CLIP_EMBED_KD_CACHE", str(work / "images"))  # nothing is left elsewhere
         data = dataset(work, self.scale) if any(isinstance(job.run, Training) for job in jobs) else KNOWN_DATA
-        device = study.device if self.device == "auto" else self.device
         usual = (study.usual or [KNOWN])[0]
-        place = Place(work / self.scale, data, self._at_hand, usual, device, study.scale, self.compiles)
-        around = surroundings(device, num_at_once, self.compiles)
+        place = Place(work / self.scale, data, self._at_hand, usual, self._device, study.scale, self.compiles)
+        around = surroundings(self._device, num_at_once, self.compiles)
         return Bench(study, place, self.folder, around).run(jobs, processes.run, num_at_once)
+
+    @property
+    def _device(self) -> str:
+        found = resolve_device(self.device)
+        return found.type if self.device == "auto" else self.device
 
     @cached_property
     def _at_hand(self) -> dict[str, Path]:
@@ -106,6 +112,11 @@ def dataset(work: Path, scale: str) -> Path:
     if not KNOWN_DATA.is_dir():
         raise PipelineError(f"{KNOWN_DATA}: CIFAR-100 is not there. Name the folder around data/ by {_SHARED}.")
     return subset(work, *TRIAL_IMAGES) if scale == "trial" else KNOWN_DATA
+
+
+def slug(name: str) -> str:
+    """Return a device's name as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def surroundings(device: str, jobs: int, compiles: bool) -> Surroundings:

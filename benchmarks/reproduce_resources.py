@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from benchmarks import reproduce_paper as paper
+from benchmarks.reproduce_comparisons import device_of, devices, measured_on
 from benchmarks.reproduce_results import Result, Results
 from benchmarks.reproduce_runs import NO_DEVICE, Measurement, Scale
 from benchmarks.reproduce_study import SIDES
 from benchmarks.reproduce_tables import NOTHING_SAID, Lines, megabytes, table
-from benchmarks.reproduce_verdicts import DEVICES, NOT_RUN, is_alike
+from benchmarks.reproduce_verdicts import NOT_RUN
 
 
 def sizes(results: Results, scale: Scale) -> Lines:
@@ -48,16 +49,14 @@ def resources(results: Results, scale: Scale, compared: Iterable[tuple[str, str,
     """
     rows = []
     for teacher, student, image_size in compared:
-        for device in DEVICES:
-            name = paper.TEACHERS[teacher]
-            runs = [Measurement(side, name, scale.steps, device, student, image_size) for side in SIDES]
-            found = [result for result in map(results.of, runs) if result is not None]
-            if len(found) == len(SIDES) and is_alike(found):
+        for device in devices(results):
+            sides = [Measurement(side, paper.TEACHERS[teacher], 0, device, student, image_size) for side in SIDES]
+            if found := measured_on(device, results, scale, *sides):
                 embed, live = (each.measured for each in found)
                 held = [megabytes(each["memory_bytes"]) for each in (embed, live)]
                 seconds = [f"{each['epoch_seconds']:,.0f}" for each in (embed, live)]
                 ratios = [f"{live[what] / embed[what]:.1f}" for what in ("memory_bytes", "epoch_seconds")]
-                cells = [device, *held, ratios[0], *seconds, ratios[1]]
+                cells = [device_of(found[0]), *held, ratios[0], *seconds, ratios[1]]
                 rows.append([teacher, student, str(image_size), *cells])
         if not rows or rows[-1][:3] != [teacher, student, str(image_size)]:
             rows.append([teacher, student, str(image_size), *[NOT_RUN] * 7])

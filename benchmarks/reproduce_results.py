@@ -35,6 +35,7 @@ class Result(BaseModel):
     """One run's result. `accuracy` is in percent, of the last epoch, and none where nothing was evaluated.
 
     `settings` decide it; `conditions` only how long it took: whether the step was compiled, and how many ran at once.
+    `target` is the folder that its file lies in.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -52,6 +53,7 @@ class Result(BaseModel):
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     commit: str | None
+    target: str = Field("", exclude=True)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -88,6 +90,15 @@ class Results:
         found = self.by_seed(training)
         return {seed: result.accuracy for seed, result in found.items() if result.accuracy is not None}
 
+    def over_epochs(self, training: Training) -> dict[int, dict[int, float]]:
+        """Return the accuracies of a training in percent, by epoch that was evaluated and by seed."""
+        found: dict[int, dict[int, float]] = {}
+        for seed, result in self.by_seed(training).items():
+            for line in result.curve:
+                if "top1" in line:
+                    found.setdefault(int(line["epoch"]), {})[seed] = line["top1"]
+        return found
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -103,7 +114,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Return everything that decides a run's result: a recipe by its name and by what is in it."""
     settings = {"run": type(run).__name__.lower(), **asdict(run)}
     if isinstance(run, Training):
-        settings["recipe_sha256"] = _recipe_digest(run.recipe)
+        settings["recipe_sha256"] = recipe_digest(run.recipe)
     if isinstance(run, FineTuning):
         settings |= {name: FinetuneSettings.model_fields[name].default for name in _TUNING}
     return settings
@@ -161,7 +172,8 @@ def read_result(path: Path) -> Result:
         PipelineError: the file is not one.
     """
     try:
-        return Result.model_validate_json(path.read_bytes())
+        found = Result.model_validate_json(path.read_bytes())
+        return found.model_copy(update={"target": path.parent.name})
     except ValidationError as error:
         reason = describe_problems(error)
     except OSError as error:
@@ -177,7 +189,8 @@ def write_result(path: Path, result: Result) -> None:
 
 
 @cache
-def _recipe_digest(name: str) -> str:
+def recipe_digest(name: str) -> str:
+    """Return the SHA-256 of everything that a recipe says, in hexadecimal digits."""
     told = json.dumps(load_recipe(name).model_dump(), sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
 

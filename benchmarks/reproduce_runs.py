@@ -83,7 +83,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Sizes, and time and memory of so many steps; `method` is embed or teacher, `device` its kind."""
+    """Sizes, and time and memory of so many steps; `method` is embed or teacher, `device` as in a `Study`."""
 
     method: str
     teacher: str
@@ -107,7 +107,8 @@ class Scale:
     """How much is trained: images of CIFAR-100, as many of each class, epochs, and how often a student is evaluated.
 
     `larger_epochs` are those of larger students and images, where these take too long, `steps` those of a measurement,
-    `labels` the labels a class of the study of few labels, `tuning_epochs` the epochs of a teacher.
+    `labels` the labels a class of the study of few labels, `tuning_epochs` the epochs of a teacher, `weights_student`
+    the student of figure 3: the paper's is the large one.
     """
 
     images: int
@@ -117,6 +118,7 @@ class Scale:
     labels: tuple[int, ...] = (5, 10, 50, 100, 500)
     tuning_epochs: int = 3
     larger_epochs: int | None = None
+    weights_student: str = "large"
 
     def training(self, method: str, teacher: str | None, **changes: Any) -> Training:
         """Describe a training of this scale; without α₂ there is nothing to learn from a teacher."""
@@ -126,6 +128,10 @@ class Scale:
         if self.larger_epochs and (made.student, made.image_size) != SMALLEST:
             made = replace(made, epochs=self.larger_epochs)
         return replace(made, teacher=None) if made.alpha2 == 0 else made
+
+    def weighted(self, teacher: str, alpha2: float) -> Training:
+        """Describe a training of figure 3."""
+        return self.training("embed", teacher, student=self.weights_student, alpha2=alpha2)
 
     def few(self, labels: int, teacher: str, recipe: str, alpha2: float) -> Training:
         """Describe a training on so many labels a class: of as many steps as others, but at most four times the epochs.
@@ -149,7 +155,8 @@ class Scale:
 
 SCALES = {
     "full": Scale(ALL_IMAGES, 200, evaluations=20, steps=50),
-    # Two runs of the base student side by side take about a quarter of an hour on two CPU cores.
-    "reduced": Scale(5000, 10, evaluations=2, steps=10, larger_epochs=3),
+    # An estimate: tables II and III, figure 3 and `live` of one seed take about 75 minutes of two CPU cores. With the
+    # base student figure 3 shares runs with others, and has their epochs.
+    "reduced": Scale(5000, 8, evaluations=1, steps=5, tuning_epochs=2, larger_epochs=1, weights_student="base"),
     "trial": Scale(200, 1, evaluations=1, steps=1, labels=(1, 2), tuning_epochs=1),
 }

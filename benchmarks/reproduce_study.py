@@ -47,7 +47,10 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """What can be run: a scale, seeds, the names of the teachers that are at hand, and the kind of the device."""
+    """What can be run: a scale, seeds, the names of the teachers that are at hand, and the device that measures.
+
+    `device` is cpu, mps, or the name of a GPU's model: figures of two models are two results.
+    """
 
     scale: Scale
     seeds: int
@@ -124,11 +127,7 @@ class Study:
         ]
 
     def _weights(self) -> list[Training]:
-        return [
-            self.scale.training("embed", teacher, student="large", alpha2=alpha2)
-            for teacher in self.usual
-            for alpha2 in paper.ALPHAS
-        ]
+        return [self.scale.weighted(teacher, alpha2) for teacher in self.usual for alpha2 in paper.ALPHAS]
 
     def _labels(self) -> list[Training]:
         return [

@@ -4,14 +4,15 @@ What was not run says so, and is never filled in.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import reproduce_paper as paper
 from benchmarks.distill_accuracy import spread
-from benchmarks.reproduce_results import Result, Results
-from benchmarks.reproduce_runs import LIVE, TUNED, Extraction, Scale, Training
+from benchmarks.reproduce_comparisons import differences
+from benchmarks.reproduce_results import Results
+from benchmarks.reproduce_runs import TUNED, Extraction, Scale, Training
 from benchmarks.reproduce_study import KINDS, KNOWN, RECIPES, SIZES
-from benchmarks.reproduce_verdicts import NOT_RUN, differences, is_alike
+from benchmarks.reproduce_verdicts import NOT_RUN
 
 Lines = list[str]
 NOTHING_SAID = "–"  # the paper says nothing
@@ -20,14 +21,6 @@ _LEARNED = {
     ("embed", 0.5): "class embeddings",
     ("samples", 0.5): "class and sample embeddings",
     ("views", 0.5): "these of four views",
-}
-_WAYS = {
-    "teacher-kd": "Teacher-KD, live teacher",
-    "logits": "typical KD on logits, live teacher",
-    "released": "the released loop's arithmetic",
-    "supervised": "supervised",
-    "embed": "Embed-KD, class embeddings of the artifact",
-    "sample": "Teacher-KD, sample embeddings of the artifact",
 }
 
 
@@ -66,20 +59,21 @@ def larger(results: Results, scale: Scale) -> Lines:
 
 
 def over_alpha2(results: Results, scale: Scale) -> Lines:
-    """Figure 3 in figures. Of the paper's curve only one point is told."""
+    """Figure 3 in figures. Of the paper's curve, which is of the large student, only one point is told."""
     reported = [
         f"{paper.LARGER['large', 32, 'Large-32']:.2f}" if alpha2 == 0.5 else NOTHING_SAID for alpha2 in paper.ALPHAS
     ]
-    rows = [["Large-32, paper", *reported]]
+    rows = [["Large-32, paper", "large", *reported]]
     for teacher in _teachers(results, over_alpha2_of(scale, KNOWN), [paper.TEACHERS["Large-32"]]):
-        rows.append([called(teacher), *(accuracy(results, each) for each in over_alpha2_of(scale, teacher))])
-    return table(["teacher", *(f"α₂ = {alpha2:g}" for alpha2 in paper.ALPHAS)], rows)
+        found = [accuracy(results, each) for each in over_alpha2_of(scale, teacher)]
+        rows.append([called(teacher), scale.weights_student, *found])
+    return table(["teacher", "student", *(f"α₂ = {alpha2:g}" for alpha2 in paper.ALPHAS)], rows, words=2)
 
 
 def few_labels(results: Results, scale: Scale) -> Lines:
     """The study of few labels: labels alone, and with class embeddings of the same images."""
     rows = []
-    for teacher in _studied(results, lambda each: [scale.few(n, each, "paper", 0.5) for n in scale.labels]):
+    for teacher in studied(results, lambda each: [scale.few(n, each, "paper", 0.5) for n in scale.labels]):
         for labels in scale.labels:
             cells = []
             for recipe in RECIPES:
@@ -95,7 +89,7 @@ def few_labels(results: Results, scale: Scale) -> Lines:
 def kinds(results: Results, scale: Scale) -> Lines:
     """The study of kinds of artifact: how much of what the teacher knows each passes on."""
     rows = []
-    for base in _studied(results, lambda each: [_of_kind(scale, each, kind) for kind in KINDS]):
+    for base in studied(results, lambda each: [_of_kind(scale, each, kind) for kind in KINDS]):
         for teacher in (base, base + TUNED):
             extracted = results.of(Extraction(teacher, "samples", scale.images))
             best = extracted.accuracy if extracted else None
@@ -109,27 +103,28 @@ def kinds(results: Results, scale: Scale) -> Lines:
     return table([*head, "of the ridge head's"], rows, words=5)
 
 
-def live(results: Results, scale: Scale) -> Lines:
-    """The study of live teachers: the same student with a teacher beside it, and from what the artifact holds."""
+def few_epochs(results: Results, scale: Scale) -> Lines:
+    """Accuracy on the way, of the curves of whole runs: of a run that is evaluated once there is none."""
     rows = []
-    for teacher in _studied(results, lambda each: [scale.training(method, each) for method in ("sample", *LIVE[:-1])]):
-        reference = results.by_seed(scale.training("teacher-kd", teacher))
-        for method, way in _WAYS.items():
-            training = scale.training(method, None if method == "supervised" else teacher)
-            rows.append([called(teacher), way, accuracy(results, training), *_costs(results, training, reference)])
-    head = ["teacher", "training", "top-1 %", "images/s", "over live Teacher-KD", "memory, MB", "in the teacher"]
-    return table(head, rows, words=2)
+    for teacher in studied(results, lambda each: [scale.training("embed", each)]):
+        alone, taught = (results.over_epochs(scale.training("embed", teacher, alpha2=alpha2)) for alpha2 in (0.0, 0.5))
+        epochs = _by_halves({*alone, *taught})
+        for epoch in epochs if len(epochs) > 1 else []:
+            sides = [each.get(epoch, {}) for each in (alone, taught)]
+            gain = list(differences(sides[1], sides[0]).values())
+            cells = [*(_mean(list(side.values())) for side in sides), spread(gain, sign="+") if gain else NOT_RUN]
+            rows.append([called(teacher), str(epoch), *cells])
+    return table(["teacher", "epochs", "labels alone", "class embeddings", "difference"], rows) if rows else []
 
 
 def over_alpha2_of(scale: Scale, teacher: str) -> list[Training]:
     """Return the trainings of figure 3, by α₂."""
-    return [scale.training("embed", teacher, student="large", alpha2=alpha2) for alpha2 in paper.ALPHAS]
+    return [scale.weighted(teacher, alpha2) for alpha2 in paper.ALPHAS]
 
 
 def accuracy(results: Results, training: Training) -> str:
     """Write mean, spread and number of seeds, or that it was not run."""
-    found = list(results.accuracies(training).values())
-    return f"{spread(found)} ({len(found)})" if found else NOT_RUN
+    return _mean(list(results.accuracies(training).values()))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> Lines:
@@ -143,19 +138,19 @@ def megabytes(number: float) -> str:
     return f"{number / 1e6:,.1f}"
 
 
-def _teachers(results: Results, of_known: Iterable[Training], theirs: Iterable[str] | None = None) -> list[str]:
-    """Return the paper's teachers, and the known one where it was trained from."""
-    known = [KNOWN] if any(results.accuracies(training) for training in of_known if training.teacher) else []
-    return [*(paper.TEACHERS.values() if theirs is None else theirs), *known]
-
-
-def _studied(results: Results, trainings: Callable[[str], list[Training]]) -> list[str]:
+def studied(results: Results, trainings: Callable[[str], list[Training]]) -> list[str]:
     """Return the teachers of a study of our own: those that there are results of."""
     return [
         teacher
         for teacher in (paper.TEACHERS["Large-32"], KNOWN)
         if any(results.accuracies(training) for training in trainings(teacher) if training.teacher)
     ]
+
+
+def _teachers(results: Results, of_known: Iterable[Training], theirs: Iterable[str] | None = None) -> list[str]:
+    """Return the paper's teachers, and the known one where it was trained from."""
+    known = [KNOWN] if any(results.accuracies(training) for training in of_known if training.teacher) else []
+    return [*(paper.TEACHERS.values() if theirs is None else theirs), *known]
 
 
 def _of_kind(scale: Scale, teacher: str, kind: tuple[str, str, float]) -> Training:
@@ -171,26 +166,14 @@ def _own_head(results: Results, scale: Scale, teacher: str) -> str:
     return NOT_RUN if found is None or found.accuracy is None else f"{found.accuracy:.2f}"
 
 
-def _costs(results: Results, training: Training, reference: Mapping[int, Result]) -> list[str]:
-    """Return speed, its ratio, memory and the share of time in the teacher; ratios of one machine only."""
-    found = results.by_seed(training)
-    if not found:
-        return [NOT_RUN] * 4
-    speed = statistics.mean(result.measured["images_per_second"] for result in found.values())
-    ratios = [
-        result.measured["images_per_second"] / reference[seed].measured["images_per_second"]
-        for seed, result in found.items()
-        if seed in reference and is_alike([result, reference[seed]])
-    ]
-    memory = [result.memory_bytes for result in found.values() if result.memory_bytes]
-    shares = [
-        result.measured["teacher_seconds"] / result.measured["train_seconds"]
-        for result in found.values()
-        if result.measured.get("teacher_seconds")
-    ]
-    return [
-        f"{speed:,.0f}",
-        f"{statistics.mean(ratios):.1f}×" if ratios else "not comparable",
-        megabytes(statistics.mean(memory)) if memory else NOT_RUN,
-        f"{100 * statistics.mean(shares):.0f} %" if shares else NOTHING_SAID,
-    ]
+def _mean(values: list[float]) -> str:
+    return f"{spread(values)} ({len(values)})" if values else NOT_RUN
+
+
+def _by_halves(epochs: Iterable[int]) -> list[int]:
+    """Return the last epoch, and of those before it some that lie by halves."""
+    kept: list[int] = []
+    for epoch in sorted(epochs, reverse=True):
+        if not kept or 2 * epoch <= kept[-1]:
+            kept.append(epoch)
+    return kept[::-1]

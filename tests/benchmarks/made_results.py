@@ -19,7 +19,8 @@ WEIGHTS = {"teacher": 1_200_000_000, "student": 19_000_000, "projection": 900_00
 
 
 def made_result(run: Run, accuracy: float | None = None, **measured: Any) -> Result:
-    """Make the result of a run."""
+    """Make the result of a run: of a measurement on its device, of all else on a processor."""
+    device = getattr(run, "device", "cpu").replace(NO_DEVICE, "cpu")
     return Result(
         recipe=getattr(run, "recipe", None),
         artifact="a",
@@ -31,9 +32,10 @@ def made_result(run: Run, accuracy: float | None = None, **measured: Any) -> Res
         curve=(),
         manifest_sha256=None,
         conditions={"compiled": False, "jobs": 1},
-        machine={"processor": "a processor", "cores": 2, "threads": 2, "device": "cpu"},
+        machine={"processor": "a processor", "cores": 2, "threads": 2, "device": device},
         versions={"torch": "2.0"},
         commit="0123456789ab",
+        target="fig2" if isinstance(run, Measurement) else "live",
     )
 
 
@@ -75,8 +77,9 @@ def many_results() -> Results:
             *made_trainings("teacher-kd", [14.0, 14.5, 14.4]),
             *made_trainings("sample", [13.0]),
             *made_trainings("supervised", [11.0], None),
-            *made_trainings("embed", [11.0, 11.3, 11.1], student="large", alpha2=0.0),
-            *made_trainings("embed", [15.0, 15.3, 15.1], student="large", alpha2=0.5),
+            *made_trainings("embed", [11.0, 11.3, 11.1], alpha2=0.0),
+            *made_trainings("embed", [15.0, 15.3, 15.1], student="large"),
+            *made_trainings("embed", [11.5], alpha2=1.0),
             *made_trainings("embed", [20.0], recipe="strong"),
             made_result(Extraction(KNOWN, "samples", SCALE.images), 60.0),
             *few,

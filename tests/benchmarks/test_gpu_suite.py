@@ -63,17 +63,17 @@ def test_every_run_has_one_place() -> None:
 def test_what_matters_comes_first() -> None:
     made = stages(Study(FULL, 3, [KNOWN], "cuda"))
     assert [stage.name for stage in made] == list(STAGES)
-    assert [stage.is_alone for stage in made] == [True, False, False, False, False]
-    paper, students, speed, rest, seeds = ([job.run for job in stage.jobs] for stage in made)
+    assert [stage.is_alone for stage in made] == [True, False, False, False, False, False]
+    paper, students, weights, speed, rest, seeds = ([job.run for job in stage.jobs] for stage in made)
     assert paper == [FULL.training("embed", KNOWN), FULL.training("embed", KNOWN, alpha2=0.0)]
     tuned = f"{KNOWN}-finetuned"
     kinds = ("embed", "samples", "views")
-    assert students[:7] == [
+    assert students == [
         *(FULL.training(kind, tuned, recipe="strong") for kind in kinds),
         *(FULL.training(kind, KNOWN, recipe="strong") for kind in kinds),
         FULL.training("embed", None, recipe="strong", alpha2=0.0),
     ]
-    assert [run.alpha2 for run in students[7:] if isinstance(run, Training)] == [0, 0.25, 0.5, 0.75, 1]
+    assert weights == [FULL.weighted(KNOWN, alpha2) for alpha2 in (0, 0.25, 0.5, 0.75, 1)]
     assert all(isinstance(run, Measurement) for run in speed)
     assert {run.seed for run in rest if isinstance(run, Training)} == {0}
     assert {run.seed for run in seeds if isinstance(run, Training)} == {1, 2}
@@ -191,6 +191,14 @@ def test_a_check_runs_nothing(call: Call) -> None:
         assert text in said.output
     assert "data        split train: 50,000 images of 100 classes\n" in said.output
     assert f"teachers    {KNOWN}\n" in said.output
+
+
+def test_where_no_repository_names_the_commit_it_is_said_what_would(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "commit", lambda: None)
+    told = "program     commit unknown: no repository here, and no CLIP_EMBED_KD_COMMIT, Python "
+    assert told in call(Programs(), "--check").output
 
 
 def test_all_that_is_missing_is_said_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

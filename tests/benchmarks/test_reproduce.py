@@ -18,7 +18,7 @@ from benchmarks import reproduce_paper as paper
 from benchmarks.extract_setup import ROOT
 from benchmarks.reproduce_commands import Place
 from benchmarks.reproduce_processes import Processes, StoppedError, stopping
-from benchmarks.reproduce_results import read_results, settings_of
+from benchmarks.reproduce_results import read_results, recipe_digest, settings_of
 from benchmarks.reproduce_runs import SCALES, Extraction, Measurement
 from benchmarks.reproduce_study import ARTIFACTS, KNOWN, TARGETS, Study
 from pipeline.distill.recipe import load_recipe, parse_overrides
@@ -224,15 +224,19 @@ def test_a_folder_of_teachers_has_at_least_one_of_them(tmp_path: Path) -> None:
     assert TEACHERS_AT_HAND(tmp_path)[paper.TEACHERS["Large-32"]] == tmp_path / paper.TEACHERS["Large-32"]
 
 
-def test_other_contents_of_a_recipe_are_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = TRIAL.training("embed", KNOWN)
-    before = settings_of(run)
+def test_other_contents_of_a_recipe_are_other_settings_and_begin_another_run_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, place = TRIAL.training("embed", KNOWN), place_in(tmp_path)
+    before, directory = settings_of(run), place.made_by(run)
+    assert directory.name == f"{run.name}-1-epochs-{before['recipe_sha256'][:6]}"
     assert settings_of(replace(run, recipe="strong"))["recipe_sha256"] != before["recipe_sha256"]
     changed = load_recipe("paper", {"weight_decay": 0.2})
     monkeypatch.setattr("benchmarks.reproduce_results.load_recipe", lambda name: changed)
-    reproduce_results._recipe_digest.cache_clear()
+    recipe_digest.cache_clear()
     assert settings_of(run) != before
-    reproduce_results._recipe_digest.cache_clear()
+    assert place.made_by(run) != directory
+    recipe_digest.cache_clear()
 
 
 # The study
@@ -255,6 +259,30 @@ def test_runs_that_targets_share_are_run_once() -> None:
     }
 
 
+def test_figure_3_shares_its_runs_at_the_reduced_scale() -> None:
+    jobs = Study(SCALES["reduced"], 1, [KNOWN], "cpu").jobs(["fig3"])
+    assert [job.run for job in jobs] == [
+        SCALES["reduced"].training("embed", KNOWN, alpha2=alpha2) for alpha2 in paper.ALPHAS
+    ]
+    assert [job.target for job in jobs] == ["fig3", "fig3", "table2", "fig3", "fig3"]
+
+
+def test_measurements_of_two_models_of_gpu_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = dict.fromkeys(("processor", "cores", "threads"), 1)
+    for model in ("NVIDIA A100-SXM4 80GB", "NVIDIA H100"):
+        monkeypatch.setattr(reproduce_plan, "machine", lambda device, model=model: {**facts, "device": model})
+        programs = Programs()
+        assert call(tmp_path, programs, monkeypatch, "fig2").exit_code == 0
+        assert len(programs.commands) == 8
+    names = {Path(name).name for name in results(tmp_path)}
+    assert len(names) == 16
+    large = paper.TEACHERS["Large-32"]
+    for model in ("nvidia-a100-sxm4-80gb", "nvidia-h100"):
+        assert f"teacher-{model}-{large}-base-64px.json" in names
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_results_and_run_directories_have_names_of_their_own(scale: str, tmp_path: Path) -> None:
     study = Study(SCALES[scale], 2, list(paper.TEACHERS.values()), "cpu")
@@ -268,7 +296,7 @@ def test_results_and_run_directories_have_names_of_their_own(scale: str, tmp_pat
 def test_few_labels_have_more_epochs_but_not_without_end() -> None:
     full, reduced = SCALES["full"], SCALES["reduced"]
     assert [full.few(labels, KNOWN, "paper", 0.5).epochs for labels in full.labels] == [800, 800, 800, 800, 200]
-    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [40, 40, 10, 5, 1]
+    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [32, 32, 8, 4, 1]
 
 
 # Commands
@@ -279,6 +307,10 @@ def place_in(folder: Path) -> Place:
     return Place(folder, Path("data"), teachers, KNOWN, "cuda", SCALES["reduced"], compiles=True)
 
 
+def digest(recipe: str) -> str:
+    return recipe_digest(recipe)[:6]
+
+
 def told(command: list[str]) -> str:
     return " ".join([Path(command[0]).name, *command[1:]])
 
@@ -286,17 +318,19 @@ def told(command: list[str]) -> str:
 def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
     scale = SCALES["reduced"]
     run = scale.training("views", KNOWN, recipe="strong", seed=2)
-    out = tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-10-epochs"
+    out = (
+        tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-8-epochs-{digest('strong')}"
+    )
     assert told(place_in(tmp_path).command(run)) == (
         f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
-        f"--out {out} --student base --image-size 32 --recipe strong --epochs 10 --seed 2 --device cuda "
-        "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 5 --target both"
+        f"--out {out} --student base --image-size 32 --recipe strong --epochs 8 --seed 2 --device cuda "
+        "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 8 --target both"
     )
 
 
 def test_the_command_of_a_training_with_a_live_teacher(tmp_path: Path) -> None:
     run = SCALES["full"].training("teacher-kd", KNOWN)
-    out = tmp_path / "runs" / f"teacher-kd-{KNOWN}-base-32px-paper-50000-images-seed-0-200-epochs"
+    out = tmp_path / "runs" / f"teacher-kd-{KNOWN}-base-32px-paper-50000-images-seed-0-200-epochs-{digest('paper')}"
     assert told(place_in(tmp_path).command(run)) == (
         f"baselines.py --method teacher-kd --teacher teachers/{KNOWN} "
         f"--artifact {tmp_path}/artifacts/{KNOWN}-50000-images-class.safetensors --dataset data --out {out} "
@@ -307,7 +341,7 @@ def test_the_command_of_a_training_with_a_live_teacher(tmp_path: Path) -> None:
 def test_the_command_of_a_measurement(tmp_path: Path) -> None:
     run = Study(SCALES["reduced"], 1, [], "cuda").measured("teacher", "Large-32", "large", 64)
     assert told(place_in(tmp_path).command(run)) == (
-        "resources.py --student large --image-size 64 --teacher vit-large-patch32 --method teacher --steps 10 "
+        "resources.py --student large --image-size 64 --teacher vit-large-patch32 --method teacher --steps 5 "
         "--device cuda --json"
     )
 
@@ -317,7 +351,7 @@ def test_the_commands_of_a_fine_tuned_teacher(tmp_path: Path) -> None:
     extraction = Extraction(f"{KNOWN}-finetuned", "samples", 5000)
     needs = [job.run for job in Study(scale, 1, [KNOWN], "cuda").needs(extraction)]
     assert [told(place.command(run)) for run in needs] == [
-        f"finetune_teacher.py --teacher teachers/{KNOWN} --epochs 3 --seed 0 --dataset data --label-column fine_label "
+        f"finetune_teacher.py --teacher teachers/{KNOWN} --epochs 2 --seed 0 --dataset data --label-column fine_label "
         f"--limit 5000 --device cuda --out {tmp_path}/teachers/{KNOWN}-finetuned --json"
     ]
     assert told(place.command(extraction)) == (
@@ -415,7 +449,8 @@ def be_terminated() -> None:
 
 
 def test_the_page_that_is_there_is_that_of_the_results_that_are_there() -> None:
-    from benchmarks.reproduce_page import SHOWN, page
+    from benchmarks.reproduce_page import page
+    from benchmarks.reproduce_sections import SHOWN
 
     found = {name: read_results(ROOT / "benchmarks" / "results" / name) for name in SHOWN}
     made = (ROOT / "docs" / "reproduction.md").read_text("utf-8")
