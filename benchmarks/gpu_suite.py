@@ -40,10 +40,10 @@ SPEEDS = (
     ("distill", "step", 7),
     ("distill", "released", 7),
     ("distill", "feed", 7),
-    ("distill", "epochs", 7),
     ("extract", "forward", 4),
     ("extract", "pipeline", 4),
     ("distill", "profile", 7),
+    ("distill", "epochs", 7),  # as long as the first stage's runs, and cannot be gone on with
 )
 
 
