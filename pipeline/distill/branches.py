@@ -86,7 +86,7 @@ def attention_branch(
     """
     (weight, bias), width = parts.projection, tokens.shape[2]
     query, pairs = Linear(weight[:width], bias[:width]), Linear(weight[width:], bias[width:])
-    settings = (parts.num_heads, used, parts.norm.eps, dropped.scale, _precision(tokens))
+    settings = (parts.num_heads, used, parts.norm.eps, dropped.scale, precision_of(tokens))
     learned = (*parts.norm[:2], *query, *pairs, *parts.last)
     with torch.autocast("cpu", enabled=False):
         computed: Tensor = _Attention.apply(settings, dropped.kept, path, tokens, *learned)
@@ -103,7 +103,7 @@ def mlp_branch(
         parts: norm, layers and activation.
         path: what the branch of each image is multiplied by.
     """
-    settings = (parts.slope, parts.norm.eps, _precision(tokens))
+    settings = (parts.slope, parts.norm.eps, precision_of(tokens))
     with torch.autocast("cpu", enabled=False):
         computed: Tensor = _Mlp.apply(settings, path, tokens, *parts.norm[:2], *parts.first, *parts.second)
     return computed
@@ -130,7 +130,8 @@ def draw_kept(like: Float[Tensor, "heads used tokens"], probability: float) -> t
     return kept, _LEVELS / (_LEVELS - threshold)
 
 
-def _precision(tokens: Tensor) -> torch.dtype:
+def precision_of(tokens: Tensor) -> torch.dtype:
+    """Return the type of products with tokens: that of autocast inside of it, else their own."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tokens.dtype
 
 

@@ -26,6 +26,7 @@ from pipeline.distill.branches import (
     attention_branch,
     draw_kept,
     mlp_branch,
+    precision_of,
 )
 
 
@@ -112,9 +113,8 @@ class FusedBlock(nn.Module):
         attention: Any = self._whole[0].attn
         if not attention.attn_drop.p:
             return NOTHING_DROPPED
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tokens.dtype
         shape = (len(tokens) * attention.num_heads, used, tokens.shape[1])
-        return Dropped(*draw_kept(tokens.new_empty(shape, dtype=kind), attention.attn_drop.p))
+        return Dropped(*draw_kept(tokens.new_empty(shape, dtype=precision_of(tokens)), attention.attn_drop.p))
 
 
 def _drawn_path(path: nn.Module, tokens: Tensor) -> Tensor | None:
