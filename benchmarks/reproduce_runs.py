@@ -155,8 +155,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(ALL_IMAGES, 200, evaluations=20, steps=50),
-    # An estimate: tables II and III, figure 3 and `live` of one seed take about 75 minutes of two CPU cores. With the
-    # base student figure 3 shares runs with others, and has their epochs.
-    "reduced": Scale(5000, 8, evaluations=1, steps=5, tuning_epochs=2, larger_epochs=1, weights_student="base"),
+    # Hours of two CPU cores. With the base student figure 3 shares runs with others, and has their epochs.
+    "reduced": Scale(5000, 6, evaluations=1, steps=5, tuning_epochs=2, larger_epochs=1, weights_student="base"),
     "trial": Scale(200, 1, evaluations=1, steps=1, labels=(1, 2), tuning_epochs=1),
 }

@@ -296,7 +296,7 @@ def test_results_and_run_directories_have_names_of_their_own(scale: str, tmp_pat
 def test_few_labels_have_more_epochs_but_not_without_end() -> None:
     full, reduced = SCALES["full"], SCALES["reduced"]
     assert [full.few(labels, KNOWN, "paper", 0.5).epochs for labels in full.labels] == [800, 800, 800, 800, 200]
-    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [32, 32, 8, 4, 1]
+    assert [reduced.few(labels, KNOWN, "paper", 0.5).epochs for labels in reduced.labels] == [24, 24, 6, 3, 1]
 
 
 # Commands
@@ -319,12 +319,12 @@ def test_the_command_of_a_training_from_an_artifact(tmp_path: Path) -> None:
     scale = SCALES["reduced"]
     run = scale.training("views", KNOWN, recipe="strong", seed=2)
     out = (
-        tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-8-epochs-{digest('strong')}"
+        tmp_path / "runs" / f"views-{KNOWN}-base-32px-strong-alpha2-0.5-5000-images-seed-2-6-epochs-{digest('strong')}"
     )
     assert told(place_in(tmp_path).command(run)) == (
         f"cli.py distill --artifact {tmp_path}/artifacts/{KNOWN}-5000-images-views.safetensors --dataset data "
-        f"--out {out} --student base --image-size 32 --recipe strong --epochs 8 --seed 2 --device cuda "
-        "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 8 --target both"
+        f"--out {out} --student base --image-size 32 --recipe strong --epochs 6 --seed 2 --device cuda "
+        "--compile --limit 5000 --resume --json --label-column fine_label --alpha2 0.5 --evaluate-every 6 --target both"
     )
 
 
