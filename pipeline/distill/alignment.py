@@ -165,7 +165,10 @@ def _of_samples(prepared: Prepared, projection: torch.nn.Module) -> dict[str, fl
 def _embed(trainer: Trainer, images: DecodedImages) -> Floats:
     """Return the student's embeddings [N, d] of view 0 of some images."""
     found: list[Tensor] = []
-    hook = trainer.kept.register_forward_hook(lambda module, inputs, output: found.append(output[0].float().cpu()))
+    # A copy: an embedding may be a view of all tokens of its image, and would keep them in memory.
+    hook = trainer.kept.register_forward_hook(
+        lambda module, inputs, output: found.append(output[0].to("cpu", torch.float32, copy=True))
+    )
     compute, size = trainer.compute, trainer.evaluation_batch
     try:
         with trainer.batch_must_fit("evaluation"):

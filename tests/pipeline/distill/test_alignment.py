@@ -237,3 +237,22 @@ def test_of_many_images_some_from_everywhere_are_measured(
         found = measure_alignment(prepared)
         assert not prepared.trainer.kept._forward_hooks
     assert (found.num_images, found.num_classes, found.num_samples) == (7, 3, 4)
+
+
+def test_embeddings_are_held_without_the_tokens_that_they_stood_among(
+    artifact: Path, saved_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[list[torch.Tensor]] = []
+    cat = torch.cat
+
+    def spy(parts: list[torch.Tensor], **options: Any) -> torch.Tensor:
+        joined.append(list(parts))
+        return cat(parts, **options)
+
+    with prepared_for(artifact, saved_data, tmp_path / "run", student="base") as prepared:
+        monkeypatch.setattr(torch, "cat", spy)
+        measure_alignment(prepared)
+        embed_dim = prepared.trainer.kept.embed_dim
+    held = [part for parts in joined for part in parts if part.shape == (5, embed_dim)]
+    assert held
+    assert all(part.untyped_storage().nbytes() == 4 * 5 * embed_dim for part in held)
