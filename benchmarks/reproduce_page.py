@@ -73,7 +73,7 @@ def drawings(results: Results, scale: Scale, name: str) -> dict[str, Callable[[]
     if bars := figures.resource_bars(results, scale):
         made["fig2"] = partial(figures.draw_bars, bars)
     if lines := figures.alpha2_lines(results, scale):
-        title = f"{scale.weights_student.capitalize()} student, 32 px, recipe paper\n{name}: {scale}"
+        title = f"{scale.weights_student.capitalize()} student, 32 px, recipe paper, scale {name}"
         made["fig3"] = partial(figures.draw_lines, lines, title, "α₂", is_log=False)
     if lines := figures.label_lines(results, scale):
         title = f"Base student, 32 px, scale {name}"

@@ -54,8 +54,8 @@ def test_text_says_which_student_figure_3_is_of_and_how_many_images_an_embedding
 def test_figure_3_is_of_the_student_of_the_scale() -> None:
     full = SCALES["full"]
     base, large = (drawn.decode() for drawn in (fig3(many_results(), "reduced"), fig3(of_full(), "full")))
-    assert "<!-- Base student, 32 px, recipe paper -->" in base
-    assert "<!-- Large student, 32 px, recipe paper -->" in large
+    assert "<!-- Base student, 32 px, recipe paper, scale reduced -->" in base
+    assert "<!-- Large student, 32 px, recipe paper, scale full -->" in large
     teacher = f"{KNOWN} (not the paper's)"
     assert over_alpha2(many_results(), SCALE)[-1].startswith(f"| {teacher} | base | 11.13 ± 0.15 (3) |")
     assert (
