@@ -27,7 +27,7 @@ from benchmarks.distill_runs import measure_kills
 from benchmarks.distill_setup import Setup
 from benchmarks.distill_speed import measure_feed, measure_released, measure_step
 from benchmarks.distill_times import measure_epochs, measure_plan
-from benchmarks.extract_setup import machine
+from benchmarks.extract_setup import KNOWN_TEACHER, machine
 from benchmarks.figure_book import FigureBook, Figures
 
 MEASURES: dict[str, Callable[[Setup], Figures]] = {
@@ -75,6 +75,12 @@ NOT_ON_CPU = ("epochs",)
 @click.option("--first-seed", default=0, show_default=True, type=click.IntRange(min=0), help="of accuracy: begin there")
 @click.option(
     "--held-out", is_flag=True, help="of accuracy: judge by training images that are held out, as settings are chosen"
+)
+@click.option(
+    "--teacher",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=KNOWN_TEACHER,
+    help="of accuracy: folder of the teacher that artifacts are of  [default: ViT-Ti/16 of the shared folder]",
 )
 @click.option("--trial", is_flag=True, help="little data and short runs, without targets")
 def main(work: Path, only: tuple[str, ...], **options: Any) -> None:

@@ -20,7 +20,7 @@ USUAL_ARMS = ("supervised", "class", "samples", "views")
 _KEPT = ("top1", "top5", "num_steps", "train_seconds", "images_per_second", "feed_share")
 _LEARNED = ("--set", "logit_scale=10", "--set", "learn_logit_scale=true")
 _CENTRED = (*_LEARNED, "--set", "centre=true")
-_STRONG, _BOTH = ("--recipe", "strong"), ("--target", "both")
+_STRONG, _SHORT, _BOTH = ("--recipe", "strong"), ("--recipe", "short"), ("--target", "both")
 _ALONE = ("--target", "sample", "--alpha2", "0")  # a loss of samples beside cross-entropy alone
 _ANNEALED = tuple(
     word
@@ -75,6 +75,11 @@ ARMS |= {
     "strong-samples": Arm("samples", (*_STRONG, *_BOTH, "--set", "replay_views=false"), "strong-supervised"),
     "strong-views": Arm("views", (*_STRONG, *_BOTH), "strong-supervised"),
 }
+ARMS |= {
+    "short-supervised": Arm("class", (*_SHORT, "--alpha2", "0"), "short-supervised"),
+    "short-class": Arm("class", _SHORT, "short-supervised"),
+    "short-samples": Arm("samples", (*_SHORT, *_BOTH), "short-supervised"),
+}
 # What each part of recipe `strong` adds: without it, beside the whole.
 _PARTS = {
     "mixing": ("augmentation.mixup_alpha=0", "augmentation.cutmix_alpha=0"),
@@ -91,7 +96,13 @@ ARMS |= {
     )
     for part, changes in _PARTS.items()
 }
-SCALES = {"quick": Scale(5000, 15), "medium": Scale(10_000, 50), "full": Scale(50_000, 200), "trial": Scale(200, 1)}
+SCALES = {
+    "quick": Scale(5000, 15),
+    "medium": Scale(10_000, 50),
+    "short": Scale(50_000, 16),
+    "full": Scale(50_000, 200),
+    "trial": Scale(200, 1),
+}
 
 
 def measure_accuracy(setup: Setup) -> Figures:
@@ -102,6 +113,8 @@ def measure_accuracy(setup: Setup) -> Figures:
     """
     scale = "trial" if setup.trial else setup.scale
     place = f"{scale}-held-out" if setup.held_out else scale
+    if setup.teacher != KNOWN_TEACHER:
+        place += f"-{setup.teacher.name}"
     known = setup.book.known("accuracy")
     every: Figures = known.get("runs", {})
     runs: Figures = every.setdefault(place, {})
@@ -161,7 +174,7 @@ def _options(arm: str, seed: int, scale: Scale) -> list[str]:
 
 
 def _train(setup: Setup, data: Path, arm: str, out: Path, options: list[str]) -> Figures:
-    teacher = setup.made_teacher if setup.trial else KNOWN_TEACHER
+    teacher = setup.made_teacher if setup.trial else setup.teacher
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         subject = Subject(setup.artifact(ARMS[arm].kind, data, teacher), data, setup.device)
@@ -176,4 +189,4 @@ def _data(setup: Setup, scale: str) -> Path:
     if setup.held_out:
         num_validation = setup.pick(HELD_OUT_IMAGES, TRIAL_TEST_IMAGES)
         return held_out(setup.work, min(images, TRAINING_IMAGES - num_validation), num_validation)
-    return KNOWN_DATA if scale == "full" else setup.subset(images, setup.pick(TEST_IMAGES, TRIAL_TEST_IMAGES))
+    return KNOWN_DATA if images == TRAINING_IMAGES else setup.subset(images, setup.pick(TEST_IMAGES, TRIAL_TEST_IMAGES))

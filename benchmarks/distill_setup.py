@@ -39,6 +39,7 @@ class Setup:
     seeds: int
     first_seed: int
     held_out: bool
+    teacher: Path
     book: FigureBook
 
     @property

@@ -257,7 +257,8 @@ def test_arms_are_settings_that_distill_takes(arm: str) -> None:
 
     options = list(ARMS[arm].options)
     changes = [options[place + 1] for place, option in enumerate(options) if option == "--set"]
-    recipe = load_recipe("strong" if "strong" in options else "paper", parse_overrides(changes))
+    name = options[options.index("--recipe") + 1] if "--recipe" in options else "paper"
+    recipe = load_recipe(name, parse_overrides(changes))
     assert ARMS[arm].against in ARMS
     assert ARMS[arm].kind == "class" or "--target" in options
     assert arm != "views" or recipe.replay_views

@@ -149,10 +149,11 @@ def test_a_run_takes_settings_of_its_recipe_and_is_gone_on_with(
 def test_recipes_are_listed_and_shown_as_files_that_can_be_trained_with(tmp_path: Path, run: Run) -> None:
     from pipeline.distill.recipe import load_recipe
 
+    names = ["paper", "short", "strong"]
     code, out, _ = run("recipe", "list")
-    assert (code, out) == (0, "paper   clip-embed-kd recipe show paper\nstrong  clip-embed-kd recipe show strong\n")
-    assert json.loads(run("recipe", "list", "--json")[1]) == {"recipes": ["paper", "strong"]}
-    for name in ("paper", "strong"):
+    assert (code, out) == (0, "".join(f"{name:6}  clip-embed-kd recipe show {name}\n" for name in names))
+    assert json.loads(run("recipe", "list", "--json")[1]) == {"recipes": names}
+    for name in names:
         path = tmp_path / f"{name}.toml"
         path.write_text(run("recipe", "show", name)[1], "utf-8")
         assert load_recipe(str(path)) == load_recipe(name)
@@ -326,7 +327,7 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
         "an unknown recipe": (
             [*distill, "--recipe", "cake"],
             1,
-            "recipe 'cake' does not exist. Choose paper, strong, or the path of a .toml file.",
+            "recipe 'cake' does not exist. Choose paper, short, strong, or the path of a .toml file.",
         ),
         "a recipe that is none": (
             [*distill, "--recipe", folder / "recipe.toml"],
@@ -389,7 +390,7 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             1,
             f"{folder / 'two'}: exists. Pass --resume to go on with it, --overwrite, or another --out.",
         ),
-        "an unknown recipe to show": (["recipe", "show", "cake"], 1, "recipe 'cake' does not exist. Choose paper, str"),
+        "an unknown recipe to show": (["recipe", "show", "cake"], 1, "recipe 'cake' does not exist. Choose paper, short, "),
         "a wrong setting to show": (
             ["recipe", "show", "paper", "--set", "epochs=x"],
             1,

@@ -153,7 +153,7 @@ def test_a_teacher_that_is_not_there_is_said_before_anything_is_written(train: T
         (("supervised", "--set", "epochs"), "Error: --set 'epochs': expected KEY=VALUE, such as label_smoothing=0.1."),
         (
             ("supervised", "--recipe", "none"),
-            "Error: recipe 'none' does not exist. Choose paper, strong, or the path of a .toml file.",
+            "Error: recipe 'none' does not exist. Choose paper, short, strong, or the path of a .toml file.",
         ),
     ],
 )

@@ -78,11 +78,20 @@ def test_recipe_strong_has_the_papers_epochs_and_more_of_everything_else() -> No
     assert strong.replay_views
 
 
+def test_recipe_short_is_strong_without_what_wants_many_epochs() -> None:
+    short, strong = load_recipe("short"), load_recipe("strong")
+    left_out = {"epochs", "average_decay", "label_smoothing", "stochastic_depth", "replay_views", "augmentation"}
+    assert short.model_dump(exclude=left_out) == strong.model_dump(exclude=left_out)
+    assert short.epochs < strong.epochs
+    assert (short.average_decay, short.label_smoothing, short.stochastic_depth) == (0, 0, 0)
+    assert (short.augmentation.operations, short.augmentation.mixup_alpha, short.augmentation.cutmix_alpha) == (0, 0, 0)
+
+
 def test_the_shipped_recipes_are_listed() -> None:
-    assert shipped_recipes() == ["paper", "strong"]
+    assert shipped_recipes() == ["paper", "short", "strong"]
 
 
-@pytest.mark.parametrize("name", ["paper", "strong"])
+@pytest.mark.parametrize("name", ["paper", "short", "strong"])
 def test_a_shipped_recipe_names_every_setting_that_is_not_of_augmentation(name: str) -> None:
     assert load_recipe(name).model_fields_set == set(Recipe.model_fields)
 
@@ -91,12 +100,15 @@ def test_a_shipped_recipe_names_every_setting_that_is_not_of_augmentation(name: 
 
 
 def test_an_unknown_recipe_names_those_that_ship() -> None:
-    assert refusal("fast") == "recipe 'fast' does not exist. Choose paper, strong, or the path of a .toml file."
+    assert refusal("fast") == "recipe 'fast' does not exist. Choose paper, short, strong, or the path of a .toml file."
 
 
 def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    assert refusal(str(path)) == f"recipe '{path}' does not exist. Choose paper, strong, or the path of a .toml file."
+    assert (
+        refusal(str(path))
+        == f"recipe '{path}' does not exist. Choose paper, short, strong, or the path of a .toml file."
+    )
     path.mkdir()
     assert refusal(str(path)).startswith(f"recipe '{path}' does not exist.")
 
@@ -128,13 +140,13 @@ def test_a_file_says_only_what_differs_from_its_base(tmp_path: Path) -> None:
 def test_a_base_is_a_recipe_that_ships(base: str, tmp_path: Path) -> None:
     name = write(tmp_path / "mine.toml", f"base = {base}\nepochs = 3\n")
     message = refusal(name)
-    assert message.startswith(f"recipe {name}: base: expected one of paper, strong, found ")
+    assert message.startswith(f"recipe {name}: base: expected one of paper, short, strong, found ")
 
 
 def test_a_wrong_base_does_not_hide_what_else_is_wrong(tmp_path: Path) -> None:
     name = write(tmp_path / "mine.toml", 'base = "fast"\nepochs = 0\nspeed = 3\n')
     assert refusal(name) == (
-        f"recipe {name}: base: expected one of paper, strong, found 'fast'; "
+        f"recipe {name}: base: expected one of paper, short, strong, found 'fast'; "
         "epochs: input should be greater than or equal to 1, found 0; speed: unknown setting"
     )
 
