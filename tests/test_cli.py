@@ -390,7 +390,11 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             1,
             f"{folder / 'two'}: exists. Pass --resume to go on with it, --overwrite, or another --out.",
         ),
-        "an unknown recipe to show": (["recipe", "show", "cake"], 1, "recipe 'cake' does not exist. Choose paper, short, "),
+        "an unknown recipe to show": (
+            ["recipe", "show", "cake"],
+            1,
+            "recipe 'cake' does not exist. Choose paper, short, ",
+        ),
         "a wrong setting to show": (
             ["recipe", "show", "paper", "--set", "epochs=x"],
             1,

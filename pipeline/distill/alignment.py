@@ -12,12 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.distill.evaluate import evaluate_student
-from pipeline.distill.images import DecodedImages
-from pipeline.distill.loop import Trainer
+from pipeline.distill.evaluate import Evaluation, evaluate_student, spread_out
 from pipeline.distill.preparation import Prepared
 
-MAX_IMAGES = 10_000  # of the evaluation set: bounds time, and memory for their embeddings
 MAX_SAMPLES = 2_000
 _BLOCK = 2**22  # cosines at once
 _ROUNDING = 1e-6  # relative: vectors that differ by less are the same
@@ -48,11 +45,12 @@ class Alignment:
     other_sample: float | None = None
 
 
-def measure_alignment(prepared: Prepared) -> Alignment:
-    """Embed evaluation images, and training images where they have targets of their own, with the student that is kept.
+def measure_alignment(prepared: Prepared, evaluation: Evaluation) -> Alignment:
+    """Compare what evaluation images became with what the teacher has, and embed training images that it has itself.
 
     Args:
         prepared: the run, trained.
+        evaluation: of the student that is kept, by the run's evaluation images.
 
     Returns:
         The figures.
@@ -62,21 +60,19 @@ def measure_alignment(prepared: Prepared) -> Alignment:
         StoreError: sample embeddings cannot be read.
     """
     trainer = prepared.trainer
-    images = prepared.images.evaluation
-    images = images.select(_spread(np.arange(len(images)), MAX_IMAGES))
-    embeddings = _embed(trainer, images)
-    present = np.unique(images.labels)
-    alignment: dict[str, Any] = {"num_images": len(images), "num_classes": len(present)}
+    labels, embeddings = prepared.images.evaluation.labels[evaluation.embedded], evaluation.embeddings
+    present = np.unique(labels)
+    alignment: dict[str, Any] = {"num_images": len(labels), "num_classes": len(present)}
     if not np.isfinite(embeddings).all():
         return Alignment(**alignment)
     method = trainer.method if trainer.average is None else trainer.average.method
-    means = np.stack([embeddings[images.labels == label].mean(axis=0, dtype=np.float64) for label in present])
+    means = np.stack([embeddings[labels == label].mean(axis=0, dtype=np.float64) for label in present])
     cka = linear_cka(means, method.class_embeddings.cpu().numpy()[present])
     if cka is not None:
         alignment |= {"class_cka": cka[0], "class_cka_by_chance": cka[1]}
     if trainer.recipe.alpha2:  # else P learns nothing of images
         projected = _project(method.projection, method.class_embeddings)
-        alignment |= class_cosines(embeddings, images.labels, projected)
+        alignment |= class_cosines(embeddings, labels, projected)
         alignment |= _of_samples(prepared, method.projection)
     return Alignment(**alignment)
 
@@ -151,44 +147,23 @@ def sample_cosines(embeddings: Floats, projected: Floats) -> dict[str, float]:
 
 
 def _of_samples(prepared: Prepared, projection: torch.nn.Module) -> dict[str, float]:
-    targets = prepared.targets
-    chosen = _spread(np.flatnonzero(targets.sample_rows >= 0), MAX_SAMPLES)
+    targets, trainer = prepared.targets, prepared.trainer
+    chosen = spread_out(np.flatnonzero(targets.sample_rows >= 0), MAX_SAMPLES)
     if not len(chosen):
         return {}
-    embeddings = _embed(prepared.trainer, prepared.images.train.select(chosen))
+    images, compute = prepared.images.train.select(chosen), trainer.compute
+    with trainer.batch_must_fit("evaluation"):
+        found = evaluate_student(trainer.kept, images, compute.device, compute.precision, trainer.evaluation_batch)
     stored = targets.sample_embeddings(chosen)[:, 0]
-    if not (np.isfinite(embeddings).all() and np.isfinite(stored).all()):
+    if not (np.isfinite(found.embeddings).all() and np.isfinite(stored).all()):
         return {}
-    return sample_cosines(embeddings, _project(projection, torch.from_numpy(stored) - targets.centre))
-
-
-def _embed(trainer: Trainer, images: DecodedImages) -> Floats:
-    """Return the student's embeddings [N, d] of view 0 of some images."""
-    found: list[Tensor] = []
-    # A copy: an embedding may be a view of all tokens of its image, and would keep them in memory.
-    hook = trainer.kept.register_forward_hook(
-        lambda module, inputs, output: found.append(output[0].to("cpu", torch.float32, copy=True))
-    )
-    compute, size = trainer.compute, trainer.evaluation_batch
-    try:
-        with trainer.batch_must_fit("evaluation"):
-            evaluate_student(trainer.kept, images, compute.device, compute.precision, size)
-    finally:
-        hook.remove()
-    return torch.cat(found).numpy()
+    return sample_cosines(found.embeddings, _project(projection, torch.from_numpy(stored) - targets.centre))
 
 
 def _project(projection: torch.nn.Module, embeddings: Tensor) -> Floats:
     with torch.inference_mode():
         projected: Tensor = projection(embeddings.to(next(projection.parameters()).device))
     return projected.cpu().numpy()
-
-
-def _spread(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return at most so many of some places, from the first to the last at equal distances."""
-    if len(places) <= most:
-        return places
-    return places[np.linspace(0, len(places) - 1, most).astype(np.int64)]
 
 
 def _directions(vectors: Floats) -> Floats:

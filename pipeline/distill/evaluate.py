@@ -17,12 +17,15 @@ from pipeline.errors import PipelineError, listed
 from pipeline.progress import ProgressBar
 from pipeline.runtime import batch_must_fit, resolve_device, resolve_precision
 
+MAX_EMBEDDED = 10_000  # images whose embeddings an evaluation keeps: bounds their memory
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies in percent. `correct` and `count` [C] are per class of the student, top-1.
 
-    `predicted` [N] is the class that each image is taken for.
+    `predicted` [N] is the class that each image is taken for. `embedded` [M] are places of up to 10,000 images, from
+    the first to the last at equal distances, and `embeddings` [M, d] what the student makes of these.
     """
 
     top1: float
@@ -31,6 +34,8 @@ class Evaluation:
     correct: NDArray[np.int64]
     count: NDArray[np.int64]
     predicted: NDArray[np.int64]
+    embedded: NDArray[np.int64]
+    embeddings: NDArray[np.float32]
     seconds: float
     images_per_second: float
 
@@ -69,6 +74,7 @@ def evaluate_student(
         The accuracies.
     """
     num_classes, found = len(student.config.class_names), []
+    embedded, embeddings = spread_out(np.arange(len(images)), MAX_EMBEDDED), []
     was_training = student.training
     student.eval()
     try:
@@ -79,8 +85,13 @@ def evaluate_student(
         ):
             for start in range(0, len(images), batch_size):
                 pixels = send(torch.from_numpy(images.pixels[images.places[start : start + batch_size], 0]), device)
-                logits = student(student.normalise(pixels))[1].float()
-                found.append(logits.topk(min(5, num_classes), dim=1).indices)  # stays there: a GPU is not waited for
+                embedding, logits = student(student.normalise(pixels))
+                # What is found stays on the device: a GPU is not waited for.
+                found.append(logits.float().topk(min(5, num_classes), dim=1).indices)
+                first, last = np.searchsorted(embedded, (start, start + len(pixels)))
+                chosen = send(torch.from_numpy(embedded[first:last] - start), device)
+                # A copy: an embedding may be a view of all tokens of its image, and would keep them in memory.
+                embeddings.append(embedding.index_select(0, chosen).float())
                 bar.advance(len(pixels))
             best = torch.cat(found).cpu().numpy()
     finally:
@@ -93,9 +104,18 @@ def evaluate_student(
         correct=np.bincount(images.labels[hit[:, 0]], minlength=num_classes),
         count=np.bincount(images.labels, minlength=num_classes),
         predicted=best[:, 0],
+        embedded=embedded,
+        embeddings=torch.cat(embeddings).cpu().numpy(),
         seconds=bar.seconds,
         images_per_second=len(images) / bar.seconds,
     )
+
+
+def spread_out(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return at most so many of some places, from the first to the last at equal distances."""
+    if len(places) <= most:
+        return places
+    return places[np.linspace(0, len(places) - 1, most).astype(np.int64)]
 
 
 def learned_labels(data: Labelled, class_names: Sequence[str]) -> NDArray[np.int64]:

@@ -81,7 +81,7 @@ def distill(settings: DistillSettings) -> DistillResult:
             training = Training(trainer, prepared.feed, prepared.images.evaluation, directory)
             evaluation = training.run(Limits(settings.max_steps, settings.checkpoint_minutes, settings.evaluate_every))
             images = prepared.images.evaluation
-            outcome = outcome_of(evaluation, images, measure_alignment(prepared))
+            outcome = outcome_of(evaluation, images, measure_alignment(prepared, evaluation))
             result = _result(directory.path, trainer, evaluation, time.monotonic() - start)
             noted = asdict(result) | {"run_directory": settings.out.name}
             del noted["report"]

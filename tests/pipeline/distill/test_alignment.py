@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from pipeline.data import DataSettings
-from pipeline.distill import DistillSettings, alignment
-from pipeline.distill.alignment import (
-    Alignment,
-    class_cosines,
-    linear_cka,
-    measure_alignment,
-    sample_cosines,
-)
+from pipeline.distill import DistillSettings, alignment, evaluate
+from pipeline.distill.alignment import Alignment, class_cosines, linear_cka, measure_alignment, sample_cosines
+from pipeline.distill.evaluate import evaluate_student
 from pipeline.distill.preparation import Prepared, compute_for, prepare
 from store import open_artifact
 from tests.conftest import CLASS_NAMES, make_split
@@ -142,6 +137,13 @@ def prepared_for(artifact: Path, dataset: Path, out: Path, **fields: Any) -> Ite
         yield prepare(settings, settings.resolved_recipe(), compute_for(settings), opened)
 
 
+def aligned(prepared: Prepared) -> Alignment:
+    trainer = prepared.trainer
+    kept, images = trainer.kept, prepared.images.evaluation
+    found = evaluate_student(kept, images, trainer.compute.device, trainer.compute.precision, 5)
+    return measure_alignment(prepared, found)
+
+
 def embedded(prepared: Prepared, images: Any) -> torch.Tensor:
     student = prepared.trainer.kept.eval()
     pixels = torch.from_numpy(np.array(images.pixels[images.places, 0]))
@@ -162,7 +164,7 @@ def test_a_run_is_measured_with_what_it_keeps(average: float, artifact: Path, sa
         if prepared.trainer.average is not None:
             torch.nn.init.zeros_(method.projection.weight)  # not what is kept
             method = prepared.trainer.average.method
-        found = measure_alignment(prepared)
+        found = aligned(prepared)
         images = prepared.images
         evaluated, trained = embedded(prepared, images.evaluation), embedded(prepared, images.train)
         means = torch.from_numpy(np.stack([mean_of(name) for name in CLASS_NAMES]))
@@ -189,14 +191,14 @@ def test_a_run_is_measured_with_what_it_keeps(average: float, artifact: Path, sa
 
 def test_without_distillation_there_are_no_cosines(artifact: Path, saved_data: Path, tmp_path: Path) -> None:
     with prepared_for(artifact, saved_data, tmp_path / "run", overrides={"alpha2": 0}) as prepared:
-        found = measure_alignment(prepared)
+        found = aligned(prepared)
     assert found.class_cka is not None
     assert found == Alignment(12, 3, class_cka=found.class_cka, class_cka_by_chance=found.class_cka_by_chance)
 
 
 def test_class_targets_have_no_cosines_of_samples(artifact: Path, saved_data: Path, tmp_path: Path) -> None:
     with prepared_for(artifact, saved_data, tmp_path / "run") as prepared:
-        found = measure_alignment(prepared)
+        found = aligned(prepared)
     assert found.own_class is not None
     assert (found.num_samples, found.own_sample, found.other_sample) == (0, None, None)
 
@@ -205,7 +207,7 @@ def test_a_student_that_sees_no_difference_has_no_cka(artifact: Path, saved_data
     with prepared_for(artifact, saved_data, tmp_path / "run") as prepared:
         for parameter in prepared.trainer.kept.parameters():
             parameter.data.zero_()
-        found = measure_alignment(prepared)
+        found = aligned(prepared)
     assert (found.class_cka, found.class_cka_by_chance) == (None, None)
     assert (found.own_class, found.nearest_own) == (0, 0)
 
@@ -213,7 +215,7 @@ def test_a_student_that_sees_no_difference_has_no_cka(artifact: Path, saved_data
 def test_embeddings_that_are_not_finite_are_not_measured(artifact: Path, saved_data: Path, tmp_path: Path) -> None:
     with prepared_for(artifact, saved_data, tmp_path / "run", target="both") as prepared:
         next(prepared.trainer.kept.parameters()).data.fill_(math.nan)
-        assert measure_alignment(prepared) == Alignment(12, 3)
+        assert aligned(prepared) == Alignment(12, 3)
 
 
 def test_samples_that_are_not_finite_are_not_measured(
@@ -223,7 +225,7 @@ def test_samples_that_are_not_finite_are_not_measured(
         monkeypatch.setattr(
             type(prepared.targets), "sample_embeddings", lambda *_: np.full((25, 6), math.inf, np.float32)
         )
-        found = measure_alignment(prepared)
+        found = aligned(prepared)
     assert found.own_class is not None
     assert found.own_sample is None
 
@@ -231,28 +233,8 @@ def test_samples_that_are_not_finite_are_not_measured(
 def test_of_many_images_some_from_everywhere_are_measured(
     artifact: Path, saved_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alignment, "MAX_IMAGES", 7)
+    monkeypatch.setattr(evaluate, "MAX_EMBEDDED", 7)
     monkeypatch.setattr(alignment, "MAX_SAMPLES", 4)
     with prepared_for(artifact, saved_data, tmp_path / "run", target="sample") as prepared:
-        found = measure_alignment(prepared)
-        assert not prepared.trainer.kept._forward_hooks
+        found = aligned(prepared)
     assert (found.num_images, found.num_classes, found.num_samples) == (7, 3, 4)
-
-
-def test_embeddings_are_held_without_the_tokens_that_they_stood_among(
-    artifact: Path, saved_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    joined: list[list[torch.Tensor]] = []
-    cat = torch.cat
-
-    def spy(parts: list[torch.Tensor], **options: Any) -> torch.Tensor:
-        joined.append(list(parts))
-        return cat(parts, **options)
-
-    with prepared_for(artifact, saved_data, tmp_path / "run", student="base") as prepared:
-        monkeypatch.setattr(torch, "cat", spy)
-        measure_alignment(prepared)
-        embed_dim = prepared.trainer.kept.embed_dim
-    held = [part for parts in joined for part in parts if part.shape == (5, embed_dim)]
-    assert held
-    assert all(part.untyped_storage().nbytes() == 4 * 5 * embed_dim for part in held)

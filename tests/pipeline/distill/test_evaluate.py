@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import DataSettings, load_labelled
+from pipeline.distill import evaluate as evaluation
 from pipeline.distill.config import EvaluateSettings
 from pipeline.distill.evaluate import Evaluation, evaluate_run, evaluate_student, learned_labels
 from pipeline.distill.images import DecodedImages
@@ -143,6 +144,41 @@ def test_a_student_is_evaluated_in_evaluation_mode_and_left_as_it_was(training: 
     assert modes == [False]
     assert student.training is training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 256])
+def test_embeddings_of_images_from_everywhere_are_kept(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = counted(batch_size)
+    assert whole.embedded.tolist() == list(range(8))
+    assert whole.embeddings.dtype == np.float32
+    assert (whole.embeddings.argmax(axis=1) == whole.predicted).all()  # of what is recited, the logits
+    monkeypatch.setattr(evaluation, "MAX_EMBEDDED", 3)
+    few = counted(batch_size)
+    assert few.embedded.tolist() == [0, 3, 7]
+    assert few.embeddings.tolist() == whole.embeddings[few.embedded].tolist()
+    assert few.predicted.tolist() == whole.predicted.tolist()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_embeddings_are_held_without_the_tokens_that_they_stood_among(
+    precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[Tensor] = []
+    cat = torch.cat
+
+    def spy(parts: list[Tensor], **options: Any) -> Tensor:
+        joined.extend(parts)
+        return cat(parts, **options)
+
+    student = make_student("base", 8)
+    monkeypatch.setattr(torch, "cat", spy)
+    pixels = np.zeros((5, 1, 8, 8, 3), np.uint8)
+    numbers = np.arange(5)
+    images = DecodedImages(pixels, numbers, numbers, np.zeros((5, 16), np.uint8), numbers % 3)
+    evaluate_student(student, images, CPU, precision, 5)
+    held = [part for part in joined if part.shape == (5, student.embed_dim)]
+    assert held
+    assert all(part.untyped_storage().nbytes() == 4 * 5 * student.embed_dim for part in held)
 
 
 # From disk

@@ -35,6 +35,8 @@ def evaluation_of(labels: list[int], predicted: list[int], names: tuple[str, ...
         correct=np.bincount(right, minlength=len(names)),
         count=np.bincount(labels, minlength=len(names)),
         predicted=np.array(predicted, np.int64),
+        embedded=np.arange(len(labels)),
+        embeddings=np.zeros((len(labels), 2), np.float32),
         seconds=1.0,
         images_per_second=1.0,
     )
