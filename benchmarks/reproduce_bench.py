@@ -50,7 +50,8 @@ class Bench:
             surroundings: noted beside each result.
         """
         self._study, self._place, self._results, self._surroundings = study, place, results, surroundings
-        self._making = threading.Lock()  # two runs that need the same thing wait for it
+        self._guard = threading.Lock()
+        self._making: dict[Run, threading.Lock] = {}  # two runs that need the same thing: one of them waits
         self._broken: set[Run] = set()  # needed, and cannot be made
         self._stopped = False
 
@@ -97,8 +98,10 @@ class Bench:
         needs = self._study.needs(job.run)
         if not needs or self._place.made_by(needs[-1].run).exists():
             return
-        with self._making:
-            for need in needs:
+        for need in needs:
+            with self._guard:
+                making = self._making.setdefault(need.run, threading.Lock())
+            with making:
                 self._make(need, execute)
 
     def _make(self, need: Job, execute: Execute) -> None:

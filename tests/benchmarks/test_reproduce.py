@@ -167,6 +167,24 @@ def test_several_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.
         assert document["conditions"] == {"compiled": False, "jobs": 1 if ARTIFACTS in name else 4}
 
 
+def test_what_two_runs_need_is_made_once_while_others_make_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, both = Programs(), threading.Barrier(2, timeout=20)
+    run = programs.run
+
+    def together(command: list[str], name: str, threads: int | None = None) -> dict[str, Any]:
+        if name in (f"{KNOWN}-200-images-class", f"{KNOWN}-200-images-samples"):
+            both.wait()  # for the other one to be made at the same time
+        return run(command, name, threads)
+
+    monkeypatch.setattr(programs, "run", together)
+    assert call(tmp_path, programs, monkeypatch, "live", "--seeds", "2", "--jobs", "2").exit_code == 0
+    made = [name for name in results(tmp_path) if ARTIFACTS in name]
+    assert len(made) == 2
+    assert len(results(tmp_path)) == len(programs.commands)
+
+
 def test_trainings_side_by_side_share_the_processors_and_measurements_have_them_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
