@@ -28,7 +28,6 @@ _WARM_STEPS, _MIN_STEPS, _MIN_SECONDS = 2, 8, 20.0
 _EVALUATED = 1024  # images
 _SMALLEST_MICRO_BATCH = 2
 _FASTER = 0.95  # of the time: less of a gain is noise
-_FEW_EPOCHS = 50  # in which the shipped recipes for hundreds do not pay
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,8 @@ def _for_time(found: Plan, prepared: Prepared, settings: DistillSettings, hours:
         suggestions.append("--compile: see what `plan --compile` says")
     if found.seconds > wanted:
         epochs = int(wanted / found.epoch_seconds)
-        recipe = "--recipe short " if epochs <= _FEW_EPOCHS and settings.recipe in ("paper", "strong") else ""
         suggestions.append(
-            f"{recipe}--epochs {epochs}: {duration(epochs * found.epoch_seconds)}"
+            f"--epochs {epochs}: {duration(epochs * found.epoch_seconds)}"
             if epochs
             else "a smaller student, or fewer images: not one epoch fits"
         )
