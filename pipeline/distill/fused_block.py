@@ -69,7 +69,7 @@ def _is_plain(block: Any) -> bool:
     norms = (block.norm1, block.norm2)
     return (
         all(type(part) is nn.Identity for part in absent)
-        and attention.gate is None
+        and getattr(attention, "gate", None) is None
         and attention.proj_drop.p == mlp.drop1.p == mlp.drop2.p == 0
         and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
         and all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)

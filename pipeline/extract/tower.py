@@ -65,7 +65,7 @@ def image_tower(name: str, model: Any, missing: Collection[str]) -> Tower:
         model, prefix = model.vision_model, "vision_model."
     kind = type(model).__name__
     if kind == "SiglipVisionModel":
-        projection = torch.nn.Identity() if model.config.vision_use_head else None
+        projection = torch.nn.Identity() if getattr(model.config, "vision_use_head", True) else None
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise PipelineError(f"{name}: {kind} is not an image encoder.")
     if kind == "Siglip2VisionModel":
