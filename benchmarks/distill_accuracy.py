@@ -80,21 +80,29 @@ ARMS |= {
     "short-class": Arm("class", _SHORT, "short-supervised"),
     "short-samples": Arm("samples", (*_SHORT, *_BOTH), "short-supervised"),
 }
-# What each part of recipe `strong` adds: without it, beside the whole.
+# What parts of a recipe add: without one of them, beside the whole.
 _PARTS = {
-    "mixing": ("augmentation.mixup_alpha=0", "augmentation.cutmix_alpha=0"),
-    "operations": ("augmentation.operations=0",),
-    "erasing": ("augmentation.random_erasing=0",),
-    "smoothing": ("label_smoothing=0",),
-    "depth": ("stochastic_depth=0",),
-    "average": ("average_decay=0",),
-    "centring": ("centre=false",),
+    "strong-class": {
+        "mixing": ("augmentation.mixup_alpha=0", "augmentation.cutmix_alpha=0"),
+        "operations": ("augmentation.operations=0",),
+        "erasing": ("augmentation.random_erasing=0",),
+        "smoothing": ("label_smoothing=0",),
+        "depth": ("stochastic_depth=0",),
+        "average": ("average_decay=0",),
+        "centring": ("centre=false",),
+    },
+    "short-samples": {
+        "large-batches": ("batch_size=64",),
+        "crops": ("augmentation.random_crop_px=0",),
+        "soft-labels": ("soft_label_weight=0",),
+    },
 }
 ARMS |= {
-    f"strong-without-{part}": Arm(
-        "class", (*_STRONG, *(word for each in changes for word in ("--set", each))), "strong-class"
+    f"{whole.split('-')[0]}-without-{part}": Arm(
+        ARMS[whole].kind, (*ARMS[whole].options, *(word for each in changes for word in ("--set", each))), whole
     )
-    for part, changes in _PARTS.items()
+    for whole, parts in _PARTS.items()
+    for part, changes in parts.items()
 }
 SCALES = {
     "quick": Scale(5000, 15),
