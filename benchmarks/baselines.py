@@ -46,7 +46,8 @@ class BaselineResult:
     """What a run of a method made and what it took.
 
     `accuracy` (top-1) and `top5` in percent, of the last epoch. `train_seconds`, and the `teacher_seconds` in them, are
-    of all parts of a run that was gone on with. `teacher` is the artifact's.
+    of all parts of a run that was gone on with. `teacher` is the artifact's,
+    `compiled` whether steps were.
     """
 
     method: str
@@ -63,6 +64,7 @@ class BaselineResult:
     train_seconds: float
     teacher_seconds: float
     images_per_second: float
+    compiled: bool
     memory: PeakMemory
     device: str
     precision: str
@@ -138,6 +140,7 @@ def _result(
         # The seconds of a live feed are the teacher's; another feed's are not.
         teacher_seconds=progress.feed_seconds if METHODS[name].is_live else 0.0,
         images_per_second=progress.num_images / max(progress.seconds, 1e-9),
+        compiled=trainer.forward_backward.compiled,
         memory=peak_memory(compute.device),
         device=compute.device.type,
         precision=str(compute.precision).removeprefix("torch."),

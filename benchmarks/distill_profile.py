@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.distill_loops import our_step
@@ -13,6 +14,7 @@ from benchmarks.distill_rounds import WARM_STEPS, compare, in_rounds, seconds_of
 from benchmarks.distill_setup import Setup
 from benchmarks.distill_speed import timed_subject
 from benchmarks.figure_book import Figures
+from pipeline.distill.attention import ClassTokenBlock
 from pipeline.distill.loop import Trainer
 from pipeline.runtime import keep_freed_memory
 
@@ -57,7 +59,9 @@ def profile_steps(step: Callable[[], None], device: str) -> list[Figures]:
     with profile(activities=activities) as profiler:
         seconds_of(step, PROFILED_STEPS, device)
     own = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
-    rows = sorted(profiler.key_averages(), key=lambda row: getattr(row, own), reverse=True)
+    # A GPU's kernels have rows too, and their time stands with the operators that launched them already.
+    operators = [row for row in profiler.key_averages() if row.device_type == DeviceType.CPU]
+    rows = sorted(operators, key=lambda row: getattr(row, own), reverse=True)
     total = sum(getattr(row, own) for row in rows)
     return [
         {
@@ -78,7 +82,8 @@ def products_of(trainer: Trainer) -> list[Product]:
     where = {"device": trainer.compute.device, "dtype": trainer.compute.precision}
     size, tokens = trainer.recipe.batch_size, model.patch_embed.num_patches + model.num_prefix_tokens
     for block in model.blocks:
-        used = getattr(block, "used", None) or tokens  # tokens that anything behind the block looks at
+        # Tokens that anything behind the block looks at.
+        used = 1 if isinstance(block, ClassTokenBlock) else getattr(block, "used", None) or tokens
         width, hidden, heads = model.embed_dim, block.mlp.fc1.out_features, block.attn.num_heads
         made = [
             linear_products(size * used, width, width, where),  # queries

@@ -53,12 +53,17 @@ def check_machine(reproduction: Reproduction, num_at_once: int) -> list[str]:
 
 
 def _facts(reproduction: Reproduction, num_at_once: int) -> Iterator[Fact]:
-    yield Fact("program", f"commit {commit() or UNKNOWN_COMMIT}, Python {sys.version.split()[0]}")
+    found = commit()
+    is_trial = reproduction.scale == "trial"
+    yield Fact(
+        "program",
+        f"commit {found or UNKNOWN_COMMIT}, Python {sys.version.split()[0]}",
+        "" if found or is_trial else f"its commit is {UNKNOWN_COMMIT}.",
+    )
     versions = software_versions(("torch", "torchvision", "timm", "transformers", "datasets", "h5py"))
     yield Fact("packages", ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python"))
     yield from _device(reproduction.device, num_at_once)
     yield Fact("processor", f"{len(os.sched_getaffinity(0))} cores")
-    is_trial = reproduction.scale == "trial"
     yield _room("disk", reproduction.results.parent, 0 if is_trial else DISK_BYTES)
     yield _room("shm", Path("/dev/shm"), 0 if is_trial else SHARED_BYTES)
     yield from (_split(name, number) for name, number in NUM_IMAGES.items())
@@ -67,7 +72,7 @@ def _facts(reproduction: Reproduction, num_at_once: int) -> Iterator[Fact]:
 
 def _room(name: str, folder: Path, wanted: float) -> Fact:
     free = shutil.disk_usage(folder).free
-    problem = "" if free >= wanted else f"{free / 1e9:.1f} GB free, {wanted / 1e9:.0f} are needed."
+    problem = "" if free >= wanted else f"{free / 1e9:.1f} GB free at {folder}, {wanted / 1e9:.0f} are needed."
     return Fact(name, f"{free / 1e9:.1f} GB free", problem)
 
 

@@ -129,7 +129,7 @@ class Suite:
     def _run_stage(self, stage: Stage) -> None:
         left = pending(stage.jobs, self._reproduction.folder)
         click.echo(f"{stage.name}: {len(stage.jobs) - len(left)} of {len(stage.jobs)} runs are there.", err=True)
-        outcome = self._reproduction.run(left, self.processes, 1 if stage.is_alone else self._num_at_once)
+        outcome = self._reproduction.run(left, self.processes, self._num_at_once)
         self.failed += outcome.failed
         self.num_left += outcome.num_left
 

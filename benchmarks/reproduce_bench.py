@@ -3,16 +3,17 @@
 Each result is written as it comes; what was stopped goes on another time.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -22,11 +23,12 @@ from benchmarks.reproduce_processes import StoppedError
 from benchmarks.reproduce_results import Surroundings, read_result, result_of, settings_of, write_result
 from benchmarks.reproduce_runs import Measurement, Run, Training
 from benchmarks.reproduce_study import Job, Study
+from pipeline.output import write_atomically
 
 # Runs a command to its end, under a name, with so many `threads` if they are given, and returns its JSON.
 Execute = Callable[..., dict[str, Any]]
 _DONE, _LEFT = "done", "left"
-ALONE = {"compiled": False, "jobs": 1}  # conditions of all that is no training
+ALONE = {"compiled": False, "jobs": 1}  # conditions of a measurement
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Outcome:
 
     failed: Sequence[str] = ()
     num_left: int = 0
+
+
+class Manner(NamedTuple):
+    """How jobs are run: by what, and what results are to say of it."""
+
+    execute: Execute
+    around: Surroundings
 
 
 class Bench:
@@ -67,21 +76,25 @@ class Bench:
             What became of them.
         """
         alone = [job for job in jobs if isinstance(job.run, Measurement)]
-        fates = [self._attempt(job, execute) for job in alone]
+        by_itself = Manner(execute, replace(self._surroundings, conditions=ALONE))
+        fates = [self._attempt(job, by_itself) for job in alone]
         others = [job for job in jobs if job not in alone]
+        shared = Manner(execute, self._surroundings)
         if num_at_once > 1:  # as many threads each as there are processors slow each other several times over
-            execute = partial(execute, threads=max(1, len(os.sched_getaffinity(0)) // num_at_once))
+            threads = max(1, len(os.sched_getaffinity(0)) // num_at_once)
+            machine = {**self._surroundings.machine, "threads": threads}
+            shared = Manner(partial(execute, threads=threads), replace(self._surroundings, machine=machine))
         with ThreadPoolExecutor(num_at_once) as pool:
-            fates += pool.map(self._attempt, others, [execute] * len(others))
+            fates += pool.map(self._attempt, others, [shared] * len(others))
         return Outcome([fate for fate in fates if fate not in (_DONE, _LEFT)], fates.count(_LEFT))
 
-    def _attempt(self, job: Job, execute: Execute) -> str:
+    def _attempt(self, job: Job, manner: Manner) -> str:
         """Run a job and what it needs; return what became of it: done, left, or why it failed."""
         if self._stopped:
             return _LEFT
         try:
-            self._provide(job, execute)
-            self._run(job, execute)
+            self._provide(job, manner)
+            self._run(job, manner)
         except StoppedError:
             self._stopped = True
             return _LEFT
@@ -93,7 +106,7 @@ class Bench:
             return f"{_told(job)}: {type(error).__name__}: {error}"
         return _DONE
 
-    def _provide(self, job: Job, execute: Execute) -> None:
+    def _provide(self, job: Job, manner: Manner) -> None:
         """Make what a job needs, unless it is there: an artifact needs no teacher any more."""
         needs = self._study.needs(job.run)
         if not needs or self._place.made_by(needs[-1].run).exists():
@@ -102,26 +115,27 @@ class Bench:
             with self._guard:
                 making = self._making.setdefault(need.run, threading.Lock())
             with making:
-                self._make(need, execute)
+                self._make(need, manner)
 
-    def _make(self, need: Job, execute: Execute) -> None:
+    def _make(self, need: Job, manner: Manner) -> None:
         if need.run in self._broken:
             raise _NeedError(need.run.name)
         if self._place.made_by(need.run).exists():
             return
         try:
-            self._run(need, execute)
+            self._run(need, manner)
         except subprocess.CalledProcessError:
             self._broken.add(need.run)
             raise _NeedError(need.run.name) from None
 
-    def _run(self, job: Job, execute: Execute) -> None:
+    def _run(self, job: Job, manner: Manner) -> None:
         made = self._place.made_by(job.run)
         made.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(job.run, Training):
+            _begin_anew_elsewhere(made, manner.around)
         click.echo(f"{_told(job)} …", err=True)
-        told = execute(self._place.command(job.run), job.run.name)
-        around = self._surroundings if isinstance(job.run, Training) else replace(self._surroundings, conditions=ALONE)
-        result = result_of(job.run, told, made, around)
+        told = manner.execute(self._place.command(job.run), job.run.name)
+        result = result_of(job.run, told, made, manner.around)
         write_result(result_path(self._results, job), result)
         shutil.rmtree(made / "checkpoints", ignore_errors=True)  # a hundred runs have tens of gigabytes of them
         accuracy = "" if result.accuracy is None else f": {result.accuracy:.2f} %"
@@ -170,6 +184,19 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CLIP_EMBED_KD_COMMIT")
     return found.stdout.strip() + ("+" if changed else "") or None
+
+
+def _begin_anew_elsewhere(made: Path, around: Surroundings) -> None:
+    """Remove what there is of a training that was begun with another program or machine, or under other conditions.
+
+    Its result would be said to be of the one that it ended with.
+    """
+    note = made.with_name(f"{made.name}.begun.json")
+    told = json.dumps(asdict(around), sort_keys=True)
+    if made.exists() and note.exists() and note.read_text("utf-8") != told:
+        click.echo(f"{made.name}: was begun by another commit or under other conditions, and begins anew.", err=True)
+        shutil.rmtree(made)
+    write_atomically(note, told.encode())
 
 
 class _NeedError(Exception):

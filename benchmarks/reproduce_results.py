@@ -102,7 +102,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Where results are made, and with what."""
+    """Where results are made, and with what. Of `conditions`, whether a step is compiled is what was asked for."""
 
     conditions: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -138,6 +138,8 @@ def result_of(run: Run, told: Mapping[str, Any], made: Path, surroundings: Surro
     record = _json(made / "run.json") if isinstance(run, Training) else {}
     if precision := told.get("precision") or record.get("compute", {}).get("precision"):
         measured["precision"] = precision
+    # A step that was to be compiled may not have been.
+    conditions = {**surroundings.conditions, "compiled": bool(told.get("compiled"))}
     digest = told.get("manifest_sha256") or record.get("artifact", {}).get("manifest_sha256")
     return Result(
         recipe=getattr(run, "recipe", None),
@@ -149,7 +151,7 @@ def result_of(run: Run, told: Mapping[str, Any], made: Path, surroundings: Surro
         measured=measured,
         curve=_curve(made / "metrics.jsonl") if isinstance(run, Training) else (),
         manifest_sha256=digest,
-        **vars(surroundings),
+        **vars(replace(surroundings, conditions=conditions)),
     )
 
 

@@ -14,11 +14,10 @@ PAPER, STUDENTS, FIG3, SPEED, REST, SEEDS = STAGES = ("paper", "students", "fig3
 
 
 class Stage(NamedTuple):
-    """Jobs in the order of their worth; `is_alone`: one after another, since their speed is looked at."""
+    """Jobs in the order of their worth."""
 
     name: str
     jobs: list[Job]
-    is_alone: bool
 
 
 def stages(study: Study) -> list[Stage]:
@@ -45,7 +44,7 @@ def stages(study: Study) -> list[Stage]:
     }
     # Each run has its place in the first group that has it.
     made = {name: [left.pop(run) for run in dict.fromkeys(runs) if run in left] for name, runs in groups.items()}
-    return [Stage(name, jobs, is_alone=name == PAPER) for name, jobs in made.items()]
+    return [Stage(name, jobs) for name, jobs in made.items()]
 
 
 def _kinds(runs: list[Run], recipe: str, *, is_tuned: bool) -> list[Training]:

@@ -140,7 +140,7 @@ def main() -> None:
     case = StepCase(**json.loads(sys.argv[1]))
     keep_freed_memory()  # as the command does
     device = resolve_device(case.device)
-    if device.type == "cuda":
+    if device.index is not None:  # of "cuda" PyTorch takes the first by itself, and `set_device` would want a number
         torch.cuda.set_device(device)
     try:
         seconds = time_steps(make_step(case), case.steps, device)

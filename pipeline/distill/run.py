@@ -37,7 +37,7 @@ class DistillResult:
     """What stage two made and what it took.
 
     Accuracies in percent, of the last epoch. `train_seconds` of all parts of the run; for `feed_share` of them the step
-    waited for its batch.
+    waited for its batch. `compiled`: whether steps were, at the end of the run.
     """
 
     run_directory: Path
@@ -48,6 +48,7 @@ class DistillResult:
     images_per_second: float
     train_seconds: float
     feed_share: float
+    compiled: bool
     seconds: float
     memory: PeakMemory
     report: Path | None
@@ -158,6 +159,7 @@ def _result(folder: Path, trainer: Trainer, evaluation: Evaluation, seconds: flo
         images_per_second=progress.num_images / max(progress.seconds, 1e-9),
         train_seconds=progress.seconds,
         feed_share=progress.feed_seconds / max(progress.seconds, 1e-9),
+        compiled=trainer.forward_backward.compiled,
         seconds=seconds,
         memory=peak_memory(trainer.compute.device),
         report=None,

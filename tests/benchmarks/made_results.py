@@ -147,7 +147,8 @@ def _trained(options: Mapping[str, str]) -> dict[str, Any]:
     (out / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "loss": 4.5, "step": 4, "top1": 12.5}) + "\n")
     memory = {"resident_bytes": 1_000, "device_bytes": 0}
     told = {"run_directory": str(out), "teacher": "t", "accuracy": 12.5, "top5": 40.0, "memory": memory}
-    return {**told, "num_steps": 4, "train_seconds": 2.0, "images_per_second": 100.0, "teacher_seconds": 0.0}
+    speed = {"train_seconds": 2.0, "images_per_second": 100.0, "teacher_seconds": 0.0}
+    return {**told, **speed, "num_steps": 4, "compiled": "--compile" in options}
 
 
 def _measured(options: Mapping[str, str]) -> dict[str, Any]:

@@ -63,7 +63,6 @@ def test_every_run_has_one_place() -> None:
 def test_what_matters_comes_first() -> None:
     made = stages(Study(FULL, 3, [KNOWN], "cuda"))
     assert [stage.name for stage in made] == list(STAGES)
-    assert [stage.is_alone for stage in made] == [True, False, False, False, False, False]
     paper, students, weights, speed, rest, seeds = ([job.run for job in stage.jobs] for stage in made)
     assert paper == [FULL.training("embed", KNOWN), FULL.training("embed", KNOWN, alpha2=0.0)]
     tuned = f"{KNOWN}-finetuned"
@@ -199,6 +198,9 @@ def test_where_no_repository_names_the_commit_it_is_said_what_would(
     monkeypatch.setattr(gpu_check, "commit", lambda: None)
     told = "program     commit unknown: no repository here, and no CLIP_EMBED_KD_COMMIT, Python "
     assert told in call(Programs(), "--check").output
+    said = call(Programs(), "--check", "--scale", "full")
+    assert said.exit_code == 1
+    assert "Program: its commit is unknown: no repository here, and no CLIP_EMBED_KD_COMMIT." in said.output
 
 
 def test_all_that_is_missing_is_said_at_once(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,11 +227,12 @@ def test_packages_are_missed_at_once_before_anything_is_imported(monkeypatch: py
     assert exit_.value.code == "Error: the suite cannot be run here: not installed: datasets, pydantic."
 
 
-def test_a_full_run_wants_room(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_run_wants_room(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5_000_000_000))
     said = call(Programs(), "--scale", "full")
     assert said.exit_code == 1
-    assert said.output == "Error: the suite cannot be run here. Disk: 5.0 GB free, 20 are needed.\n"
+    where = tmp_path / "out"
+    assert said.output == f"Error: the suite cannot be run here. Disk: 5.0 GB free at {where}, 20 are needed.\n"
 
 
 def test_jobs_side_by_side_want_memory(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from benchmarks import reproduce, reproduce_plan, reproduce_results
@@ -126,6 +127,31 @@ def test_a_stop_in_the_middle_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert set(results(tmp_path)) == set(results(tmp_path / "whole"))
 
 
+def test_a_training_that_another_commit_began_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = next(job for job in Study(TRIAL, 1, [KNOWN], "cpu").jobs(["fig3"]) if job.target == "fig3")
+    monkeypatch.setattr(reproduce_plan, "commit", lambda: "one")
+    place = Place(tmp_path / "work" / "trial", tmp_path, {}, KNOWN, "cpu", TRIAL)
+    kept = place.made_by(job.run) / "checkpoints" / "00000001"
+    for commit, is_kept in (("one", True), ("one", True), ("another", False)):
+        monkeypatch.setattr(reproduce_plan, "commit", lambda commit=commit: commit)
+        kept.mkdir(parents=True, exist_ok=True)
+        programs, stayed = Programs(), list[bool]()
+
+        def look(options: Any, programs: Programs = programs, stayed: list[bool] = stayed) -> dict[str, Any]:
+            if options["--out"] == str(kept.parents[1]):
+                stayed.append(kept.exists())
+                programs.stop()
+                raise StoppedError
+            return Programs._cli(programs, options)
+
+        monkeypatch.setattr(programs, "_cli", look)
+        said = call(tmp_path, programs, monkeypatch, "fig3", "--seeds", "1")
+        assert stayed == [is_kept]
+        assert ("was begun by another commit or under other conditions, and begins anew." in said.output) != is_kept
+
+
 def test_one_that_fails_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = call(tmp_path, Programs(failing=["--method logits"]), monkeypatch, "live", "--seeds", "1")
     assert said.exit_code == 1
@@ -163,8 +189,26 @@ def test_several_trainings_run_side_by_side(tmp_path: Path, monkeypatch: pytest.
     programs = Programs()
     assert call(tmp_path, programs, monkeypatch, "kinds", "--seeds", "3", "--jobs", "4").exit_code == 0
     assert len(results(tmp_path)) == len(programs.commands)
-    for name, document in results(tmp_path).items():
-        assert document["conditions"] == {"compiled": False, "jobs": 1 if ARTIFACTS in name else 4}
+    for document in results(tmp_path).values():
+        assert document["conditions"] == {"compiled": False, "jobs": 4}
+
+
+@pytest.mark.parametrize("worked", [True, False])
+def test_a_result_says_whether_the_step_was_compiled_and_not_whether_it_was_to_be(
+    worked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = Programs()
+    run = programs.run
+
+    def compiled(command: list[str], name: str) -> dict[str, Any]:
+        told = run(command, name)
+        return told | ({"compiled": worked and "--compile" in command} if "compiled" in told else {})
+
+    monkeypatch.setattr(programs, "run", compiled)
+    assert call(tmp_path, programs, monkeypatch, "fig3", "--seeds", "1", "--compile").exit_code == 0
+    found = {name: document["conditions"]["compiled"] for name, document in results(tmp_path).items()}
+    assert len(found) == 6
+    assert found == {name: worked and ARTIFACTS not in name for name in found}
 
 
 def test_what_two_runs_need_is_made_once_while_others_make_what_they_need(
@@ -195,6 +239,10 @@ def test_trainings_side_by_side_share_the_processors_and_measurements_have_them_
     assert len(measured) == 13
     assert {name: threads for name, threads in programs.threads.items() if threads is None} == dict.fromkeys(measured)
     assert {programs.threads[name] for name in set(programs.threads) - measured} == {2}
+    for name, document in results(tmp_path).items():
+        by_itself = Path(name).stem in measured
+        assert document["machine"]["threads"] == (torch.get_num_threads() if by_itself else 2)
+        assert document["conditions"]["jobs"] == (1 if by_itself else 3)
 
 
 def test_a_result_of_other_settings_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

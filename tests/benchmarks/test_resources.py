@@ -1,19 +1,22 @@
 """Sizes are the published ones, ratios the paper's, and steps those that are asked for; nothing is timed."""
 
 import json
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import resources, vit_teachers
+from benchmarks import resources, resources_step, vit_teachers
 from benchmarks.resources import count, main, measure
 from benchmarks.resources_step import WARM_STEPS, StepCase, make_step, time_steps
 from benchmarks.vit_teachers import random_teacher, teacher_config
 from pipeline.distill.loop import Trainer
 from pipeline.distill.method import Batch
 from pipeline.errors import PipelineError
+from pipeline.runtime import PeakMemory
 from tests.pipeline.distill.examples import CPU
 
 SMALL = {"base": (1, 8, 2, 16), "large": (2, 16, 4, 32)}
@@ -116,6 +119,22 @@ def test_steps_are_timed_after_some_to_warm_up() -> None:
     seconds = time_steps(lambda: taken.append(0), 4, CPU)
     assert len(seconds) == 4
     assert len(taken) == 4 + WARM_STEPS
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_a_gpu_is_chosen_where_it_has_a_number(
+    device: str, chosen: list[torch.device], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[torch.device] = []
+    monkeypatch.setattr(resources_step, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)  # which refuses one without
+    monkeypatch.setattr(resources_step, "make_step", lambda case: None)
+    monkeypatch.setattr(resources_step, "time_steps", lambda step, steps, device: [0.5])
+    monkeypatch.setattr(resources_step, "peak_memory", lambda device: PeakMemory(1, 2))
+    monkeypatch.setattr(sys, "argv", ["resources_step.py", json.dumps(asdict(case("embed", device=device)))])
+    resources_step.main()
+    assert json.loads(capsys.readouterr().out) == {"seconds": [0.5], "device_bytes": 2}
+    assert made == chosen
 
 
 # The command
