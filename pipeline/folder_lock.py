@@ -3,7 +3,6 @@
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
 
 from pipeline.errors import PipelineError
 from pipeline.progress import LOGGER
@@ -22,7 +21,7 @@ class FolderLock:
             taken: one line for the user, where another process has the lock.
         """
         self._folder, self._taken = folder, taken
-        self._file: IO[bytes] | None = None
+        self._file: int | None = None  # its descriptor
 
     @property
     def held(self) -> bool:
@@ -51,20 +50,22 @@ class FolderLock:
     def release(self) -> None:
         """Give the lock back, if there is one."""
         if self._file is not None:
-            self._file.close()
+            os.close(self._file)
             self._file = None
 
     def _lock(self, operation: int) -> None:
         while self._file is None:
-            file = (self._folder / LOCK_NAME).open("wb")
+            # Nothing is cut off, and no link followed: somebody may have put one there.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            file = os.open(self._folder / LOCK_NAME, flags, 0o666)
             try:
                 fcntl.flock(file, operation)
             except BaseException as error:
-                file.close()
+                os.close(file)
                 if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
                     return  # some network disks have none
                 raise
-            if os.fstat(file.fileno()).st_nlink:
+            if os.fstat(file).st_nlink:
                 self._file = file
             else:
-                file.close()  # removed between opening and locking: nobody else would meet this lock
+                os.close(file)  # removed between opening and locking: nobody else would meet this lock

@@ -78,8 +78,11 @@ def resolve_precision(name: Precision, device: torch.device) -> torch.dtype:
 
 
 def fits_device(num_bytes: int, device: torch.device) -> bool:
-    """Tell whether data of this size may live on a GPU for a whole run: in half of what is free there."""
-    return device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 2
+    """Tell whether data of this size may live on a GPU for a whole run: in a quarter of what is free there.
+
+    Pixels and embeddings ask one after the other, and training itself wants room.
+    """
+    return device.type == "cuda" and num_bytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ each step's follow from the seed and its number.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +27,8 @@ from pipeline.errors import PipelineError, describe_problems, first_line
 from pipeline.progress import LOGGER
 
 _FORMAT, _KEPT = 1, 2
+_OURS = re.compile(r"\d+|\.\d+\.tmp")
+_MOST = 2**63  # of numbers of steps, images and seconds
 _PROGRESS = TypeAdapter(Progress)
 
 
@@ -141,7 +144,7 @@ class Checkpoints:
         # By number: after a damaged one, those of more steps are of a run that went another way.
         kept = [path for path in self._found() if path.name <= newest.name][:_KEPT]
         for path in self.folder.iterdir():
-            if path not in kept:
+            if path not in kept and _OURS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -161,9 +164,16 @@ def _read(path: Path) -> tuple[Progress, dict[str, torch.Tensor]]:
     if _sha256(path / "tensors.safetensors") != document.get("tensors_sha256"):
         raise ValueError("tensors.safetensors has another digest than progress.json says")
     progress = _PROGRESS.validate_python(document.get("progress"))
+    for name, number in asdict(progress).items():
+        if not 0 <= number < _MOST:  # nor is NaN
+            raise ValueError(f"progress.json has {name} {number!s:.20}")
     if progress.num_steps != int(path.name) or progress.epoch < 1 or not 0 <= progress.steps_done <= progress.num_steps:
         raise ValueError(f"progress.json stands at step {progress.steps_done} of epoch {progress.epoch}")
-    return progress, load_file(path / "tensors.safetensors")
+    tensors = load_file(path / "tensors.safetensors")
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
+    return progress, tensors
 
 
 def _sha256(path: Path) -> str:

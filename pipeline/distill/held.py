@@ -1,6 +1,7 @@
 """What every image has, e.g. its pixels: on the device for the whole run where it fits, else fetched batch by batch."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from pipeline.distill.augment import send
 from pipeline.runtime import fits_device
 
-_BLOCK = 4096  # images
+_BLOCK_BYTES = 1 << 27  # of what is read at once, on its way to the device
 
 # Given images [B] and the view of each, or a slice of views, returns something of each image [B, ...].
 Read = Callable[[NDArray[np.int64], Any], NDArray[Any]]
@@ -50,11 +51,13 @@ class Held:
         first = read(np.arange(1), slice(None))
         if not fits_device(num_images * first.nbytes, device):
             return
-        # In blocks: the CPU's memory need not hold all of it.
-        self._all = torch.empty((num_images, *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device)
-        for start in range(0, num_images, _BLOCK):
-            block = read(np.arange(start, min(start + _BLOCK, num_images)), slice(None))
-            self._all[start : start + len(block)] = torch.from_numpy(block).to(device)
+        size = max(1, _BLOCK_BYTES // first.nbytes)  # the CPU's memory need not hold all of it
+        with suppress(torch.OutOfMemoryError):  # another process may have taken what was free
+            held = torch.empty((num_images, *first.shape[1:]), dtype=torch.from_numpy(first).dtype, device=device)
+            for start in range(0, num_images, size):
+                block = read(np.arange(start, min(start + size, num_images)), slice(None))
+                held[start : start + len(block)] = torch.from_numpy(block).to(device)
+            self._all = held
 
     def take(self, drawn: Drawn) -> Shaped[Tensor, "batch ..."]:
         """Return a batch of it, on the device."""

@@ -221,6 +221,8 @@ class Trainer:
         calmer = f"a lower --lr than {recipe.learning_rate:g}"
         calmer += "" if recipe.gradient_clip else ", or --set gradient_clip=1"
         finite = all(bool(parameter.isfinite().all()) for parameter in self.method.parameters())
-        if finite and self.compute.precision != torch.float32:
-            return f"The weights are finite: try {calmer}, then --precision float32."
-        return f"It is likely that a step was too long: try {calmer}."
+        if self.compute.precision == torch.float32 or (not finite and self.compute.device.type == "cpu"):
+            return f"It is likely that a step was too long: try {calmer}."
+        # A GPU is asked many steps later, when such a loss has spoilt the weights in any case.
+        cause = "The weights are finite" if finite else "A step was too long, or bfloat16 too coarse"
+        return f"{cause}: try {calmer}, then --precision float32."

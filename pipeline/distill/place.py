@@ -37,8 +37,10 @@ class Place:
         self._check_free()
         check_output(path, 0, replaceable=overwrite or resume)
         name = path.absolute().name
-        self.work = path if self.resumes else path.absolute().with_name(f".{name}.partial")
+        beside = path.absolute().with_name(f".{name}.partial")
+        self.work = path if self.resumes else beside
         self._aside = path.absolute().with_name(f".{name}.replaced")  # the older run, while the new one takes its place
+        _refuse_links(beside, self._aside, *(path.rglob("*") if self.resumes else ()))
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -102,3 +104,13 @@ class Place:
                 shutil.rmtree(left)
             elif left.name != LOCK_NAME:
                 left.unlink()
+
+
+def _refuse_links(*paths: Path) -> None:
+    """Refuse what leads elsewhere: a run directory that somebody sent is written into, and what is old is removed."""
+    for path in paths:
+        if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
+            raise PipelineError(
+                f"{path}: is neither a file nor a folder, but a link or the like, which no run has. Remove it, or "
+                "choose another --out."
+            )

@@ -88,10 +88,11 @@ class RunDirectory:
         self._record = {"status": "running", **self._record, **kept, **found, "machine": _machine(trainer.compute)}
         self._record["software"] = software_versions(_SOFTWARE) | {"arithmetic": str(ARITHMETIC)}
         try:
-            if self._place.resumes:
-                self._check_same()
-                self._resume(trainer)
-            self._write_record()
+            with self._writing():
+                if self._place.resumes:
+                    self._check_same()
+                    self._resume(trainer)
+                self._write_record()
             try:
                 yield
             finally:
@@ -99,8 +100,6 @@ class RunDirectory:
                     self._scalars.close()
         except BaseException as error:
             self._abandon("interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed")
-            if isinstance(error, OSError):
-                raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
             raise
 
     @property
@@ -114,41 +113,53 @@ class RunDirectory:
         Args:
             line: what to note, `epoch` and `step` (since the start of the run) among it.
         """
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if group := _SCALAR_GROUPS.get(name, "training"):
-                self._scalars.add_scalar(f"{group}/{name}", value, line["step"])
-        self._scalars.flush()
+        with self._writing():
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if group := _SCALAR_GROUPS.get(name, "training"):
+                    self._scalars.add_scalar(f"{group}/{name}", value, line["step"])
+            self._scalars.flush()
 
     def save_student(self, trainer: Trainer) -> None:
         """Keep the student as it is now; what an earlier end of the run said of another one goes."""
         said = [self._record.pop(name, None) for name in _OF_STUDENT]
-        if any(said):
-            self._write_record()
-            for page in (self.path / "student" / "README.md", self.path / "report.html"):
-                page.unlink(missing_ok=True)
-        save_student(trainer.kept, self._place.work / "student")
-        self._publish()
+        with self._writing():
+            if any(said):
+                self._write_record()
+                for page in (self.path / "student" / "README.md", self.path / "report.html"):
+                    page.unlink(missing_ok=True)
+            save_student(trainer.kept, self._place.work / "student")
+            self._publish()
 
     def save_checkpoint(self, trainer: Trainer) -> None:
         """Keep where the run stands now."""
-        self._checkpoints.save(trainer)
-        self._publish()
+        with self._writing():
+            self._checkpoints.save(trainer)
+            self._publish()
 
     def note(self, parts: Mapping[str, Any]) -> None:
         """Add parts to the record."""
         self._record |= parts
-        self._write_record()
+        with self._writing():
+            self._write_record()
 
     def finish(self) -> None:
         """Record that the run came to its end."""
         self.note({"status": "finished"})
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PipelineError(f"{self.path}: cannot be written ({error.strerror or error}).") from None
+
     def _read_before(self) -> dict[str, Any]:
         try:
             before = dict(json.loads((self.path / "run.json").read_text("utf-8")))
             _shared(before, _SHARED)
+            json.dumps(before, ensure_ascii=False).encode()  # as it will be written again
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise PipelineError(
                 f"{self.path}: run.json is damaged ({first_line(error)}), so it is not known what to go on with. "

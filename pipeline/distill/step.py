@@ -89,6 +89,7 @@ class ForwardBackward:
                 self._method.zero_grad(set_to_none=True)
         except Exception as error:  # whatever a compiler's absence or a model it cannot take may raise
             self._compiled_size = self._compiled = None
+            torch.compiler.reset()  # what was captured of CUDA graphs holds memory
             LOGGER.info("The step is not compiled (%s): going on without.", first_line(error)[:300])
         # The trial leaves no trace, not even in what dropout draws: a resumed run has it at another step.
         for buffer, value in zip(self._method.buffers(), kept, strict=True):

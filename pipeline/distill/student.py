@@ -162,6 +162,9 @@ def build_student(config: StudentConfig) -> Student:
         raise PipelineError(f"{where}: does not work on images of {size}×{size} pixels ({detail}).") from error
     if not {tensor.dtype for tensor in model.state_dict().values()} <= set(_DTYPE_CODES):
         raise PipelineError(f"{where}: has weights of other types than float32 and int64. Choose another model.")
+    if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
+        # Neither a file of weights nor an average of them knows what is one tensor under two names.
+        raise PipelineError(f"{where}: has layers that share their weights. Choose another model.")
     if embedding.ndim != 2 or not torch.allclose(logits, whole, rtol=1e-4, atol=1e-5):
         raise PipelineError(f"{where}: its logits are not a linear function of its embedding. Choose another model.")
     return student
@@ -204,6 +207,8 @@ def load_student(folder: Path) -> Student:
     except (OSError, ValueError, SafetensorError) as error:
         raise PipelineError(f"{folder}: the student is damaged ({type(error).__name__}: {error}).") from None
     check_demands(config, weights, folder)
+    if wrong := [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]:
+        raise PipelineError(f"{folder}: the student is damaged: {wrong[0]} has values that are not finite.")
     try:
         with torch.device("meta"):  # a model of any size takes no memory there
             outline = _create(config)

@@ -16,6 +16,9 @@ from pipeline.progress import LOGGER, ProgressBar, duration
 from pipeline.stopping import StopRequest
 
 _REPORT_SECONDS = 5.0  # between two lines of epochs that are shorter
+# Between two checkpoints of epochs that are shorter and not evaluated: a GPU takes a second or two for an epoch of
+# CIFAR-100, and a checkpoint a good part of that.
+_SAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Training:
             directory: open.
         """
         self._trainer, self._feed, self._evaluated, self._directory = trainer, feed, evaluated, directory
-        self._reported = time.monotonic()
+        self._reported = self._saved = time.monotonic()
+        self._is_saved = False  # by this process: with its first checkpoint a run directory appears
 
     def run(self, limits: Limits) -> Evaluation:
         """Train until the recipe's epochs, or the steps that are allowed, are done.
@@ -64,10 +68,13 @@ class Training:
         while True:
             with StopRequest("a checkpoint", (signal.SIGINT, signal.SIGTERM)) as stop:
                 self._run_steps(limits, stop)
-                self._directory.save_checkpoint(trainer)
+                last = trainer.progress.epoch >= trainer.recipe.epochs or limits.reached(trainer)
+                evaluates = last or trainer.progress.epoch % limits.evaluate_every == 0
+                due = not self._is_saved or self._unsaved_seconds() >= _SAVE_SECONDS
+                if due or evaluates or stop.requested:
+                    self._save()
             stop.obey()
-            last = trainer.progress.epoch >= trainer.recipe.epochs or limits.reached(trainer)
-            evaluation = self._close_epoch(last or trainer.progress.epoch % limits.evaluate_every == 0)
+            evaluation = self._close_epoch(evaluates)
             if last and evaluation is not None:
                 return evaluation
             trainer.begin_epoch()
@@ -75,7 +82,6 @@ class Training:
     def _run_steps(self, limits: Limits, stop: StopRequest) -> None:
         """Go on with the epoch in hand, to its end or until there is a reason to stop."""
         trainer, feed, progress = self._trainer, self._feed, self._trainer.progress
-        saved = time.monotonic()
         if limits.reached(trainer):
             return
         with ProgressBar(f"epoch {progress.epoch}", feed.num_images, done=progress.epoch_images) as bar:
@@ -86,14 +92,20 @@ class Training:
                 bar.advance(len(batch.pixels))
                 if stop.requested or limits.reached(trainer):
                     break
-                if time.monotonic() - saved >= 60 * limits.checkpoint_minutes:
+                if self._unsaved_seconds() >= 60 * limits.checkpoint_minutes:
                     trainer.check_finite()
                     clock.note()
-                    self._directory.save_checkpoint(trainer)
-                    saved = time.monotonic()
+                    self._save()
                     clock = _Clock(feed, trainer)
             trainer.check_finite()  # waits for the device
             clock.note()
+
+    def _save(self) -> None:
+        self._directory.save_checkpoint(self._trainer)
+        self._saved, self._is_saved = time.monotonic(), True
+
+    def _unsaved_seconds(self) -> float:
+        return time.monotonic() - self._saved
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         with self._trainer.batch_must_fit():

@@ -56,6 +56,14 @@ def test_a_disk_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.
         lock.release()
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("chapter one")
+    (tmp_path / "lock").symlink_to("thesis")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        FolderLock(tmp_path, "busy").take()
+    assert (tmp_path / "thesis").read_text() == "chapter one"
+
+
 def test_a_file_that_is_removed_before_it_is_locked_locks_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,12 @@ def take_a_tensor(folder: Path) -> None:
 
 
 DIGEST = "tensors.safetensors has another digest than progress.json says"
+
+
+def spoil_a_weight(folder: Path) -> None:
+    rewrite_tensors(folder, lambda tensors: tensors["method.projection.bias"].fill_(math.nan))
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: DIGEST,
     flip_a_byte: DIGEST,
@@ -345,6 +351,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     write_no_text: "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte",
     give_another_shape: "method.projection.bias is torch.float32 [5], expected torch.float32 [96]",
     take_a_tensor: "method.projection.bias is missing",
+    spoil_a_weight: "method.projection.bias has values that are not finite",
 }
 
 
@@ -369,6 +376,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(
     assert equal(state(other), states[4])
     assert file_names(checkpoints.folder) == ["00000002", "00000004"]
     assert feed.num_steps == 3
+
+
+def test_what_is_no_checkpoint_is_not_removed(saved: Saved, make: Make) -> None:
+    checkpoints, _ = saved
+    (checkpoints.folder / "notes").mkdir()
+    (checkpoints.folder / ".00000001.tmp").mkdir()
+    made = make()
+    checkpoints.restore(made[0])
+    steps(made, 1)
+    checkpoints.save(made[0])
+    assert file_names(checkpoints.folder) == ["00000004", "00000005", "notes"]
 
 
 PROGRESS: dict[str, Any] = {
@@ -398,7 +416,11 @@ PROGRESS: dict[str, Any] = {
         {"num_steps": 3},
         {"num_steps": -4},
         {"num_images": {}},
+        {"num_images": 10**400},
         {"seconds": "long"},
+        {"seconds": math.nan},
+        {"feed_seconds": math.inf},
+        {"epoch_seconds": -1.0},
     ],
     ids=str,
 )

@@ -356,7 +356,7 @@ def test_what_is_kept_on_the_device_makes_the_same_batches(
         return held in ("both", ("pixels", "embeddings")[len(asked) - 1])
 
     monkeypatch.setattr(held_module, "fits_device", fits)
-    monkeypatch.setattr(held_module, "_BLOCK", 2)  # three blocks, one of them short
+    monkeypatch.setattr(held_module, "_BLOCK_BYTES", 2 * images.pixels[0].nbytes)  # three blocks, one of them short
     second = make()
     assert asked == [5 * images.pixels[0].nbytes, 5 * 2 * EMBED_DIM * 4]
     parts = (second._pixels, second._embeddings)
@@ -364,6 +364,20 @@ def test_what_is_kept_on_the_device_makes_the_same_batches(
         held != "embeddings",
         held != "pixels",
     ]
+    assert all(equal(one, other) for one, other in zip(first.epoch(1), second.epoch(1), strict=True))
+
+
+def test_what_does_not_fit_after_all_is_fetched_batch_by_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    make = partial(make_feed, noise_images(5, 0), tmp_path, soft_label_weight=1.0)
+    first = make()
+    monkeypatch.setattr(held_module, "fits_device", lambda num_bytes, device: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", full)
+        second = make()
+    assert second._pixels._all is None
     assert all(equal(one, other) for one, other in zip(first.epoch(1), second.epoch(1), strict=True))
 
 

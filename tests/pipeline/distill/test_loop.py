@@ -396,6 +396,21 @@ def test_finite_weights_in_bfloat16_are_suspected_to_be_too_coarse(tmp_path: Pat
     )
 
 
+def test_a_gpu_that_is_asked_late_may_have_been_too_coarse_too(tmp_path: Path) -> None:
+    trainer, feed = make(noise_images(4, 0), tmp_path, compute=Compute(CPU, torch.bfloat16, 0))
+    trainer.compute = Compute(torch.device("cuda"), torch.bfloat16, 0)
+    with torch.no_grad():  # as the steps since then have left them
+        trainer.method.student.model.get_parameter("conv1.0.weight").fill_(math.nan)
+    trainer._unchecked = [(1, torch.tensor([math.nan, math.nan, *[0.0] * (len(LOSSES) - 2)]))]
+    with pytest.raises(PipelineError) as error:
+        trainer.check_finite()
+    assert str(error.value).endswith(
+        "A step was too long, or bfloat16 too coarse: try a lower --lr than 0.001, or --set gradient_clip=1, then "
+        "--precision float32."
+    )
+    del feed
+
+
 def test_a_sum_that_is_not_finite_is_told_as_such(tmp_path: Path) -> None:
     trainer, feed = make(noise_images(4, 0), tmp_path)
     spoil(trainer, at_step=1, loss="loss", value=math.inf)

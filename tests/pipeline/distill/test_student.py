@@ -442,6 +442,14 @@ def test_an_argument_of_another_type_is_refused(field: str, value: object, messa
     assert load_refusal(saved) == f"student test_vit: {message}"
 
 
+def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    assert load_refusal(saved) == f"{saved}: the student is damaged: {name} has values that are not finite."
+
+
 def test_a_large_configuration_is_not_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.distill.provenance._MAX_BYTES", 100)
     assert load_refusal(saved) == f"{saved}: the student is damaged (ValueError: larger than 100 bytes)."
@@ -526,6 +534,12 @@ def test_weights_that_lack_a_tensor_are_refused(saved: Path) -> None:
     del weights["head.bias"]
     save_file(weights, saved / "model.safetensors")
     assert 'Missing key(s) in state_dict: "head.bias"' in load_refusal(saved)
+
+
+def test_a_model_of_which_layers_share_their_weights_is_refused_before_it_is_trained() -> None:
+    assert build_refusal("coat_lite_tiny", 32) == (
+        "student coat_lite_tiny: has layers that share their weights. Choose another model."
+    )
 
 
 def test_a_model_with_weights_of_other_types_is_refused_before_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

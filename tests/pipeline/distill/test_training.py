@@ -55,7 +55,7 @@ class Setup:
 
     def make(self, folder: Path) -> tuple[Trainer, Feed]:
         size = 16 if self.name == "test_vit" else 8
-        images, recipe = noise_images(10, 0, image_size=size), make_recipe(epochs=2, **dict(self.fields))
+        images, recipe = noise_images(10, 0, image_size=size), make_recipe(**{"epochs": 2, **dict(self.fields)})
         folder.mkdir(exist_ok=True)
         targets = join_example(images, folder, recipe, without=(3,) if self.target == "sample" else ())
         model = make_student(self.name, size)
@@ -93,14 +93,20 @@ class Place:
     folder: Path
 
     def train(
-        self, name: str = "run", *, resume: bool = False, max_steps: int | None = None, minutes: float = 10.0
+        self,
+        name: str = "run",
+        *,
+        resume: bool = False,
+        max_steps: int | None = None,
+        minutes: float = 10.0,
+        evaluate_every: int = 1,
     ) -> Evaluation:
         trainer, feed = self.setup.make(self.folder / "artifacts")
         directory = RunDirectory(self.folder / name, overwrite=False, resume=resume)
         size = trainer.method.student.config.image_size
         with directory.claim(RECORD), directory.open({}, trainer):
             evaluated = noise_images(6, 1, image_size=size)
-            return Training(trainer, feed, evaluated, directory).run(Limits(max_steps, minutes))
+            return Training(trainer, feed, evaluated, directory).run(Limits(max_steps, minutes, evaluate_every))
 
 
 @dataclass
@@ -238,6 +244,43 @@ def test_a_run_is_saved_within_an_epoch_as_often_as_asked(tmp_path: Path, monkey
     Place(Setup(), tmp_path).train("seldom")
     assert saved == [3, 6]
     assert read(tmp_path / "often") == read(tmp_path / "seldom")
+
+
+def test_short_epochs_that_are_not_evaluated_share_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = checkpoint.Checkpoints.save
+
+    def watched(checkpoints: Any, trainer: Trainer) -> None:
+        saved.append(trainer.progress.num_steps)
+        save(checkpoints, trainer)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    place = Place(replace(EVERYTHING, fields=(*EVERYTHING.fields, ("epochs", 6))), tmp_path)
+    place.train("shared", evaluate_every=4)
+    assert saved == [3, 12, 18]  # the first, with which the run directory appears, and those that are evaluated
+    saved.clear()
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    place.train("each", evaluate_every=4)
+    assert saved == [3, 6, 9, 12, 15, 18]
+    assert read(tmp_path / "shared") == read(tmp_path / "each")
+
+
+def test_a_run_that_was_killed_behind_a_short_epoch_goes_back_to_the_checkpoint_before(
+    tmp_path: Path, unbroken: Unbroken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(EVERYTHING, tmp_path)
+    place.train(max_steps=1)
+    with monkeypatch.context() as patched:
+        before_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM), patched)
+        patched.setattr(training.Training, "_save", lambda self: None)  # as SIGKILL leaves it
+        with pytest.raises(SystemExit):
+            place.train(resume=True, evaluate_every=2)
+    assert [line["epoch"] for line in read(tmp_path / "run").metrics] == [1]
+    assert file_names(tmp_path / "run" / "checkpoints") == ["00000001"]
+    place.train(resume=True)
+    assert read(tmp_path / "run") == unbroken(EVERYTHING)
 
 
 def test_time_is_counted_over_all_parts_of_a_run(tmp_path: Path) -> None:
