@@ -50,7 +50,8 @@ def measure_plan(setup: Setup) -> Figures:
 def measure_epochs(setup: Setup) -> Figures:
     """Train the base student by recipe `paper` for 200 epochs of CIFAR-100, compiled: seconds, accuracy.
 
-    Seconds are of the whole process, from its start to its end, with ten evaluations. A few eager epochs tell what compiling is worth.
+    Seconds are of the whole process, from its start to its end, with ten evaluations. A few eager epochs tell what
+    compiling is worth.
     """
     if setup.device_type != "cuda":
         return {"not run": f"on {setup.device_type}: --device cuda"}
