@@ -7,6 +7,8 @@ Results go to stdout, progress and logs to stderr. Exit status: 0 done, 1 failed
 import dataclasses
 import functools
 import json
+import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,12 @@ class _Rows(click.ParamType[Any]):
         if not (colon and first.isdecimal() and end.isdecimal() and int(first) < int(end)):
             self.fail(f"{value!r} is not A:B with 0 ≤ A < B, such as 0:25000.", param, ctx)
         return int(first), int(end)
+
+
+class _Finite(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)  # NaN is in every range
+        return number if math.isfinite(number) else self.fail(f"{value} is not a finite number.", param, ctx)
 
 
 class _PerClass(click.ParamType[Any]):
@@ -100,15 +108,13 @@ def _data_options(split: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 def _overrides_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option(
-            "--alpha2", type=click.FloatRange(0, 1), help="weight of the distillation loss  [default: the recipe's]"
-        ),
+        click.option("--alpha2", type=_Finite(0, 1), help="weight of the distillation loss  [default: the recipe's]"),
         click.option("--epochs", type=click.IntRange(min=1), help="passes over the images  [default: the recipe's]"),
         click.option("--batch-size", type=click.IntRange(min=2), help="images a step  [default: the recipe's]"),
         click.option(
             "--lr",
             "learning_rate",
-            type=click.FloatRange(0, min_open=True),
+            type=_Finite(0, min_open=True),
             help="learning rate  [default: the recipe's]",
         ),
         click.option(
@@ -157,7 +163,7 @@ def _training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--max-missing",
-            type=click.FloatRange(0, 1),
+            type=_Finite(0, 1),
             default=0.0,
             help="largest share of images without a stored embedding",
         ),
@@ -198,7 +204,7 @@ def cli() -> None:
 )
 @click.option(
     "--fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Finite(0, 1, min_open=True),
     default=0.01,
     help="share of samples, or of classes where there are none, to --check",
 )
@@ -242,7 +248,7 @@ def cli() -> None:
 @_precision_option
 @_device_option
 @click.option(
-    "--workers", type=click.IntRange(min=0), help="decoding processes  [default: 0 without CUDA, else up to 8]"
+    "--workers", type=click.IntRange(0, 1024), help="decoding processes  [default: 0 without CUDA, else up to 8]"
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="of the choice of images, and of views")
 @_overwrite_option
@@ -310,9 +316,9 @@ def extract(context: click.Context, /, as_json: bool, **options: Any) -> None:
 @click.option("--resume", is_flag=True, help="go on with the run in the run directory, if there is one")
 @click.option(
     "--checkpoint-minutes",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, min_open=True),
     default=10.0,
-    help="between checkpoints within an epoch; there is one after each epoch",
+    help="between checkpoints within an epoch; an epoch ends with one, unless it takes a few seconds",
 )
 @_json_option
 @_version_option
@@ -334,6 +340,7 @@ def distill(as_json: bool, **options: Any) -> None:
             "images_per_second": result.images_per_second,
             "train_seconds": result.train_seconds,
             "feed_share": result.feed_share,
+            "compiled": result.compiled,
             "seconds": result.seconds,
             "peak_memory_bytes": result.memory.resident_bytes,
             "peak_device_memory_bytes": result.memory.device_bytes,
@@ -364,11 +371,11 @@ def distill(as_json: bool, **options: Any) -> None:
 @click.option("--out", type=_PATH, default=Path("run"), help="where the run shall be: its disk is tried")
 @click.option(
     "--ram",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, 1_000_000, min_open=True),
     metavar="GB",
     help="memory that the run may take; with CUDA, of the GPU",
 )
-@click.option("--hours", type=click.FloatRange(0, min_open=True), help="time that the run may take")
+@click.option("--hours", type=_Finite(0, min_open=True), help="time that the run may take")
 @_json_option
 @_version_option
 def plan(as_json: bool, ram: float | None, hours: float | None, **options: Any) -> None:
@@ -539,6 +546,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
 @_version_option
 def verify(artifacts: Sequence[Path], as_json: bool) -> None:
     """Check every byte of artifacts, one line each; exit status 1 if any of them failed."""
+    from pipeline.errors import printable
     from store import StoreError, verify_artifact
 
     documents = []
@@ -554,7 +562,7 @@ def verify(artifacts: Sequence[Path], as_json: bool) -> None:
             document["ok"], document["error"] = False, text
         documents.append(document)
         if not as_json:
-            click.echo(_printable(f"{path}: " + ("ok" if document["ok"] else f"FAILED: {document['error']}")))
+            click.echo(printable(f"{path}: " + ("ok" if document["ok"] else f"FAILED: {document['error']}")))
     if as_json:
         click.echo(_json(documents))
     if not all(document["ok"] for document in documents):
@@ -676,23 +684,27 @@ def demo(out: Path, as_json: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stopped)
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
         code = 130
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
     except Exception as error:
+        from pipeline.errors import printable
+
         text, code = _explain(error)
         if text is None:
             raise
-        click.echo(f"Error: {_printable(text)}", err=True)
+        click.echo(f"Error: {printable(text)}", err=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # while Python shuts down, an exception would be shown
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -760,8 +772,19 @@ def _check(context: click.Context, as_json: bool) -> None:
         raise PipelineError(f"{result.path.name}: {result.verdict()}")
 
 
-def _terminated(number: int, frame: Any) -> NoReturn:
-    sys.exit(143)
+def _is_importing() -> bool:
+    """Tell whether a library is being imported: some of them swallow an exception then, or abort."""
+    specs = (getattr(module, "__spec__", None) for module in list(sys.modules.values()))
+    return any(getattr(spec, "_initializing", False) for spec in specs)
+
+
+def _stopped(number: int, frame: Any) -> NoReturn:
+    if _is_importing():
+        os.write(2, b"Interrupted.\n" if number == signal.SIGINT else b"")
+        os._exit(128 + number)  # what was being written, if anything, is left as by a power cut
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
@@ -829,20 +852,17 @@ def _emit(as_json: bool, document: dict[str, Any], rows: Sequence[tuple[str, str
     if as_json:
         click.echo(_json(document))
         return
+    from pipeline.errors import printable
+
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
-        click.echo(_printable(f"{label:<{width}}  {text}"))
+        click.echo(printable(f"{label:<{width}}  {text}"))
 
 
 def _json(document: object) -> str:
     """Encode as JSON in UTF-8; what cannot be printed, or not be encoded, is escaped in its strings."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
     return "".join(part if part.isprintable() or part == "\n" else json.dumps(part)[1:-1] for part in text)
-
-
-def _printable(text: str) -> str:
-    """Escape what could steer a terminal: names may come from a stranger's file."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 if __name__ == "__main__":

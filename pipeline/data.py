@@ -17,9 +17,9 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.errors import PipelineError, first_line
+from pipeline.errors import PipelineError, check_utf8, first_line
 
 SAMPLE_KEY_VERSION = 1
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
@@ -38,7 +38,9 @@ class DataSettings(BaseModel):
     split: str = "train"
     image_column: str | None = None
     label_column: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, lt=2**63)
+
+    _names_are_utf8 = field_validator("*")(check_utf8)
 
 
 class BadImageError(PipelineError):
@@ -264,6 +266,11 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
     if path.is_file():
         raise PipelineError(f"{settings.dataset}: is a file. Pass the folder that holds it as --dataset.")
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    ignored = ["--dataset-config"] if saved and settings.config is not None else []
+    ignored += ["--dataset-revision"] if path.is_dir() and settings.revision is not None else []
+    if ignored:
+        kind = "saved data set" if saved else "folder"
+        raise PipelineError(f"{settings.dataset}: a {kind} has no {' and no '.join(ignored)}. Leave that out.")
     try:
         if saved:
             loaded = datasets.load_from_disk(str(path))
@@ -272,7 +279,8 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
     except Exception as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
         raise PipelineError(
-            f"{settings.dataset}: the data set cannot be loaded ({_reason(cause or error)})."
+            f"{settings.dataset}: the data set cannot be loaded ({_reason(cause or error)}). Pass a hub name, or a "
+            "folder of parquet files, of images in a folder each class, or of a saved data set."
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 

@@ -1,14 +1,55 @@
 """The one way to show progress and to log: both on stderr, a bar on a terminal, plain lines elsewhere."""
 
 import logging
+import os
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.errors import printable
+
+
+class _Stderr:
+    """Stderr, whatever it is at the moment. When its terminal or pipe is gone, what goes there goes nowhere.
+
+    A run of a night must not end because nobody is left to read of its progress.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return _stderr().write(text)
+        except OSError:
+            self._lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            _stderr().flush()
+        except OSError:
+            self._lose()
+
+    def _lose(self) -> None:
+        with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _stderr().fileno())  # for what others write there too, and when Python ends
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_stderr(), name)
+
+
+def _stderr() -> IO[str]:
+    # Beside a bar rich puts a stand-in in its place, which would write here again.
+    found: IO[str] = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return found
+
+
 LOGGER = logging.getLogger("clip_embed_kd")
-_CONSOLE = Console(stderr=True, highlight=False, soft_wrap=True)
+_CONSOLE = Console(file=cast(IO[str], _Stderr()), highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 30.0
 
 
@@ -116,4 +157,5 @@ def size(num_bytes: float) -> str:
 
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _CONSOLE.print(record.getMessage(), markup=False)
+        lines = record.getMessage().split("\n")  # the demonstration sets its commands apart by empty ones
+        _CONSOLE.print("\n".join(map(printable, lines)), markup=False, emoji=False)

@@ -21,7 +21,7 @@ ROOT = Path(cli.__file__).parent
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Run a command in this process; returns its exit status and what it printed."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run_command(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["clip-embed-kd", *map(str, arguments)])
@@ -32,7 +32,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(stopped.value.code or 0), printed.out, printed.err
 
     yield run_command
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +290,11 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
             "--fraction is a share of what to --check: pass --check A too.",
         ),
         "a fraction out of range": ([*check, "--fraction", 0], 2, "Invalid value for '--fraction': 0.0 is not in the"),
-        "a fraction that is no number": ([*check, "--fraction", "nan"], 2, "fraction: input should be "),
+        "a fraction that is no number": (
+            [*check, "--fraction", "nan"],
+            2,
+            "Invalid value for '--fraction': nan is not a",
+        ),
         "no artifact to check": (
             [*check, "--check", folder / "no.h5"],
             1,
@@ -378,7 +383,7 @@ def bad_inputs(teacher: Path, data: Path, artifact: Path, folder: Path) -> dict[
         "endless time between checkpoints": (
             [*distill, "--checkpoint-minutes", "inf"],
             2,
-            "checkpoint_minutes: input should be a finite number",
+            "Invalid value for '--checkpoint-minutes': inf is not a finite number.",
         ),
         "a run to go on with that is none": (
             [*distill, "--out", folder / "two", "--resume"],
@@ -443,6 +448,39 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--alpha2", "nan", "nan is not a finite number."),
+        ("--lr", "inf", "inf is not a finite number."),
+        ("--max-missing", "nan", "nan is not a finite number."),
+        ("--ram", "nan", "nan is not a finite number."),
+        ("--ram", "inf", "inf is not in the range 0<x<=1000000."),
+        ("--ram", "1e300", "1e+300 is not in the range 0<x<=1000000."),
+        ("--hours", "nan", "nan is not a finite number."),
+        ("--hours", "inf", "inf is not a finite number."),
+    ],
+)
+def test_a_number_without_measure_is_refused(option: str, value: str, problem: str, run: Run) -> None:
+    code, out, err = run("plan", "--artifact", "a.h5", "--dataset", "d", option, value)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == f"Error: Invalid value for '{option}': {problem}"
+
+
+def test_every_option_that_takes_a_fraction_takes_finite_ones_only() -> None:
+    types = [parameter.type for _, command in commands() for parameter in command.params]
+    assert {type(each) for each in types if isinstance(each, click.types.FloatParamType)} == {cli._Finite}
+
+
+def test_a_name_that_is_not_utf8_is_one_line_that_can_be_printed(run: Run) -> None:
+    command = ("distill", "--artifact", "s\udcff.safetensors", "--dataset", "d", "--out", "run")
+    assert run(*command) == (
+        2,
+        "",
+        "Error: artifact: its name is not UTF-8: give it another, found PosixPath('s\\udcff.safetensors')\n",
+    )
+
+
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["clip-embed-kd", "store", "inspect", "x.h5"])
     monkeypatch.setattr("store.summarise", lambda path: 1 / 0)
@@ -469,6 +507,27 @@ def test_names_from_a_strangers_file_cannot_steer_the_terminal(run: Run, tmp_pat
     _, out, _ = run("store", "inspect", tmp_path / "a.h5")
     assert "\x1b" not in out
     assert "\\x1b[2J" in out
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Interrupted.\n"), (signal.SIGTERM, "")])
+def test_while_a_library_is_imported_a_signal_ends_the_process_at_once(
+    number: signal.Signals, said: str, tmp_path: Path
+) -> None:
+    module = f"import os, signal\nos.kill(os.getpid(), signal.{number.name})\nprint('went on')"
+    (tmp_path / "torch.py").write_text(module)
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cli; cli.cli.callback = None\n"
+    program += "cli.cli.main = lambda **options: __import__('torch'); cli.main()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", said)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_at_any_other_time_a_signal_is_an_exception_that_cleans_up(number: signal.Signals, code: int) -> None:
+    program = "import cli, os, signal\ndef stop(**options):\n    try:\n        os.kill(os.getpid(), signal.{})\n"
+    program += "    finally:\n        print('cleaned up', flush=True)\ncli.cli.main = stop; cli.main()"
+    done = subprocess.run([sys.executable, "-c", program.format(number.name)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "cleaned up\n")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.data import DataSettings
 from pipeline.distill.recipe import SAMPLE_LOSSES, Recipe, load_recipe
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, check_utf8
 from pipeline.progress import LOGGER
 from pipeline.runtime import Precision
 
@@ -22,7 +22,7 @@ class DistillSettings(BaseModel):
     artifact: Path
     data: DataSettings
     out: Path
-    eval_split: str | None = Field(default=None, description="none: the data's own, else 10 % held out")
+    eval_split: str | None = Field(default=None, min_length=1, description="none: the data's own, else 10 % held out")
     evaluate_every: int = Field(default=1, ge=1, description="epochs between evaluations; the last is always evaluated")
     student: str = Field(default="base", min_length=1, description="base, large, or a timm model")
     init: str = Field(default="scratch", min_length=1, description="scratch, pretrained, or a folder of a timm model")
@@ -43,6 +43,8 @@ class DistillSettings(BaseModel):
     overwrite: bool = False
     resume: bool = False
     checkpoint_minutes: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+
+    _names_are_utf8 = field_validator("*")(check_utf8)
 
     def resolved_recipe(self) -> Recipe:
         """Return the recipe with this run's own settings laid over it.
@@ -75,3 +77,5 @@ class EvaluateSettings(BaseModel):
     device: str = "auto"
     skip_bad: bool = False
     cache: Path | None = Field(default=None, description="of decoded images; none: the user's own")
+
+    _names_are_utf8 = field_validator("*")(check_utf8)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.distill.augment import Augmentation
-from pipeline.errors import PipelineError, describe_problems
+from pipeline.errors import PipelineError, describe_problems, shortened, shown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,6 +17,8 @@ else:
 
 SAMPLE_LOSSES = ("cosine_weight", "soft_label_weight")
 _SHIPPED = Path(__file__).parent / "recipes"
+_MAX_TABLES = 8  # that a key is looked for within; no setting stands so deep
+_MAX_NAME = 300  # characters that are shown of a recipe's name
 
 
 class Recipe(BaseModel):
@@ -27,8 +29,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    epochs: int = Field(ge=1, description="passes over the images")
-    batch_size: int = Field(ge=2, description="images a step; one image has no batch statistics")
+    epochs: int = Field(ge=1, lt=2**63, description="passes over the images")
+    batch_size: int = Field(ge=2, lt=2**63, description="images a step; one image has no batch statistics")
     learning_rate: float = Field(gt=0, allow_inf_nan=False, description="AdamW's, at its highest")
     schedule: Literal["constant", "cosine"] = Field(description="of the learning rate, after the warm-up")
     warmup: float = Field(ge=0, lt=1, description="share of all steps in which the learning rate rises from 0")
@@ -70,11 +72,11 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe
     base = values.pop("base", None)
     if base is not None:
         if base not in shipped_recipes():
-            problems.append(f"base: expected one of {', '.join(shipped_recipes())}, found {base!r}")
+            problems.append(f"base: expected one of {', '.join(shipped_recipes())}, found {shown(base)}")
             base = "paper"  # to look at the rest
         values = _laid_over(_read(base), values)
     for key, value in (overrides or {}).items():
-        for table in reversed(key.split(".")):
+        for table in reversed(key.split(".", _MAX_TABLES)):
             value = {table: value}
         values = _laid_over(values, value)
     try:
@@ -134,14 +136,18 @@ def recipe_as_toml(recipe: Recipe) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".toml") else _SHIPPED / f"{name}.toml"
-    if not path.is_file():
-        shipped = ", ".join(shipped_recipes())
-        raise PipelineError(f"recipe {name!r} does not exist. Choose {shipped}, or the path of a .toml file.")
+    shipped = shipped_recipes()
+    path = _SHIPPED / f"{name}.toml" if name in shipped else Path(name)
     try:
+        if not (str(path).endswith(".toml") and path.is_file()):
+            raise PipelineError(
+                f"recipe {shortened(repr(name), _MAX_NAME)} does not exist. Choose {', '.join(shipped)}, or the path "
+                "of a .toml file."
+            )
         values: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise PipelineError(f"recipe {name}: cannot be read ({error}).") from None
+        reason = shortened(str(error), _MAX_NAME)
+        raise PipelineError(f"recipe {shortened(name, _MAX_NAME)}: cannot be read ({reason}).") from None
     return values
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from pipeline.data import DataSettings
+from pipeline.errors import check_utf8
 from pipeline.runtime import Precision
 
 Pooling = Literal["auto", "cls", "distilled", "pooled", "mean", "projected"]
@@ -24,7 +25,7 @@ class ExtractSettings(BaseModel):
     teacher_revision: str | None = None
     data: DataSettings
     out: Path
-    per_class: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+    per_class: Annotated[int, Field(ge=1, lt=2**63)] | Literal["all"] | None = Field(
         default=None, description="random images in each class; none: 100, or all where samples are stored"
     )
     rows: tuple[int, int] | None = Field(
@@ -41,12 +42,16 @@ class ExtractSettings(BaseModel):
         default=DEFAULT_PROMPTS, min_length=1, description="templates of the texts, each with one {} for the class name"
     )
     skip_bad: bool = False
-    batch_size: int | None = Field(default=None, ge=1, description="images in a forward pass; none: by device")
+    batch_size: int | None = Field(
+        default=None, ge=1, lt=2**63, description="images in a forward pass; none: by device"
+    )
     precision: Precision = "auto"
     device: str = "auto"
-    workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
+    workers: int | None = Field(default=None, ge=0, le=1024, description="decoding processes; none: by device")
     seed: int = Field(default=0, ge=0, lt=2**63)
     overwrite: bool = False
+
+    _names_are_utf8 = field_validator("*")(check_utf8)
 
     @field_validator("views")
     @classmethod
@@ -104,7 +109,9 @@ class CheckSettings(BaseModel):
     batch_size: int | None = Field(default=None, ge=1)
     precision: Precision | None = Field(default=None, description="none: the manifest's, where the hardware has it")
     device: str = "auto"
-    workers: int | None = Field(default=None, ge=0, description="decoding processes; none: by device")
+    workers: int | None = Field(default=None, ge=0, le=1024, description="decoding processes; none: by device")
+
+    _names_are_utf8 = field_validator("*")(check_utf8)
 
     @field_validator("data")
     @classmethod

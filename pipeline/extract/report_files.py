@@ -9,17 +9,35 @@ import numpy as np
 from PIL import Image
 
 from pipeline.data import Labelled
+from pipeline.errors import PipelineError
 from pipeline.extract.assemble import Chunks
 from pipeline.extract.grading import MAX_IMAGES, grade
 from pipeline.extract.measures import Embedded
 from pipeline.extract.report_card import ReportCard
 from pipeline.extract.report_page import draw_class_map, report_card_page
+from pipeline.output import check_output
 from pipeline.report import write_report
 
 
 def report_paths(artifact: Path) -> tuple[Path, Path]:
     """Return where an artifact's report card goes, as JSON and as a page."""
     return artifact.with_suffix(".report.json"), artifact.with_suffix(".report.html")
+
+
+def check_report_paths(artifact: Path, *, replaceable: bool) -> None:
+    """Check that an artifact's report card can be written, before there is anything to report.
+
+    Args:
+        artifact: the artifact to make.
+        replaceable: whether an existing card may be replaced.
+
+    Raises:
+        PipelineError: a file exists, or a folder is in its place.
+    """
+    for path in report_paths(artifact):
+        if path.is_dir():
+            raise PipelineError(f"{path}: is a folder, and the report card goes there. Choose another --out.")
+        check_output(path, 0, replaceable=replaceable)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.extract.partial import PartialFolder, partial_path
 from pipeline.extract.preparation import load_settings_teacher, make_embedder
 from pipeline.extract.processes import ShareDone, join_processes
 from pipeline.extract.report_card import ReportCard
-from pipeline.extract.report_files import Graded, write_report_card
+from pipeline.extract.report_files import Graded, check_report_paths, write_report_card
 from pipeline.extract.sampling import check_no_empty_class, rows_within, sample_rows
 from pipeline.extract.share import SOFTWARE, Share, data_set_info
 from pipeline.output import check_output
@@ -79,6 +79,7 @@ def extract(settings: ExtractSettings) -> ExtractResult:
     partial = PartialFolder(partial_path(settings.out))
     replaceable = settings.overwrite or partial.is_assembled()  # a run that was stopped at the report card goes on
     check_destination(settings.out, overwrite=replaceable)
+    check_report_paths(settings.out, replaceable=replaceable)
     processes, device = join_processes(resolve_device(settings.device))
     data = load_labelled(settings.data)
     _check_names(settings, data)

@@ -38,6 +38,9 @@ PICTURE = datasets.Image()
 INTEGER = datasets.Value("int64")
 CLASSES = datasets.ClassLabel(names=["no", "yes"])
 TWO_IMAGES = make_images(2, 0)
+ADVICE_ON_DATA = (
+    "Pass a hub name, or a folder of parquet files, of images in a folder each class, or of a saved data set."
+)
 ADVICE = "Mend or remove it, or pass --skip-bad to leave such images out and count them."
 
 
@@ -385,12 +388,21 @@ def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     assert refusal(file) == f"{file}: is a file. Pass the folder that holds it as --dataset."
 
 
+def test_what_a_folder_does_not_have_cannot_be_chosen(saved_data: Path, tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "plain" / "a.parquet", {"image": plain_images(TWO_IMAGES), "label": [0, 1]})
+    assert refusal(folder, revision="v1") == f"{folder}: a folder has no --dataset-revision. Leave that out."
+    assert refusal(saved_data, config="small", revision="v1") == (
+        f"{saved_data}: a saved data set has no --dataset-config and no --dataset-revision. Leave that out."
+    )
+    assert refusal(saved_data, config="") == f"{saved_data}: a saved data set has no --dataset-config. Leave that out."
+
+
 def test_an_empty_folder_is_no_data_set(tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     message = refusal(folder)
     assert message.startswith(f"{folder}: the data set cannot be loaded (")
-    assert message.endswith(").")
+    assert message.endswith(f"). {ADVICE_ON_DATA}")
     assert "\n" not in message
 
 
@@ -405,7 +417,7 @@ def test_a_hub_data_set_without_network_is_one_line(
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    assert refusal("org/pets") == f"org/pets: the data set cannot be loaded ({reason})."
+    assert refusal("org/pets") == f"org/pets: the data set cannot be loaded ({reason}). {ADVICE_ON_DATA}"
 
 
 def test_data_that_cannot_be_converted_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +429,7 @@ def test_data_that_cannot_be_converted_says_why(monkeypatch: pytest.MonkeyPatch)
             raise datasets.exceptions.DatasetGenerationError(message) from error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    assert refusal("org/pets") == "org/pets: the data set cannot be loaded (parquet is damaged)."
+    assert refusal("org/pets") == f"org/pets: the data set cannot be loaded (parquet is damaged). {ADVICE_ON_DATA}"
 
 
 def test_a_damaged_saved_data_set_is_refused(tmp_path: Path) -> None:

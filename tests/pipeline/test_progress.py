@@ -2,6 +2,10 @@
 
 import io
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -71,6 +75,54 @@ def test_messages_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"3 of [bold]{'a line that is longer than any terminal is wide ' * 5}[/bold]\n"
+
+
+def test_messages_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    log_to_stderr()
+    LOGGER.info("\nread from %s", "cc\x1b[31mX :cat: \u202e\udcff")
+    assert capsys.readouterr().err == "\nread from cc\\x1b[31mX :cat: \\u202e\\udcff\n"
+
+
+class Gone(io.StringIO):
+    """The stderr of a terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def flush(self) -> None:
+        self.write("")
+
+
+def test_messages_and_bars_to_a_terminal_that_is_gone_hold_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Gone())
+    monkeypatch.setattr(progress, "_PLAIN_SECONDS", 0.0)
+    log_to_stderr()
+    with ProgressBar("embedding", 10) as bar:
+        bar.advance(10)
+    LOGGER.info("nobody reads this")
+
+
+@pytest.mark.parametrize("bar", ["False", "True"])
+def test_a_process_outlives_the_reader_of_its_messages(bar: str) -> None:
+    program = f"""
+        import sys, warnings
+        from pipeline import progress
+        progress._CONSOLE._force_terminal = {bar}
+        progress._PLAIN_SECONDS = 0
+        progress.log_to_stderr()
+        with progress.ProgressBar("training", 9) as bar:
+            for _ in range(9):
+                bar.advance(1)
+                progress.LOGGER.info("a line")
+        warnings.warn("another library's")
+        print("done", file=sys.stderr)
+        print("done")
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_asking_twice_for_messages_shows_them_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.data import DataSettings
-from pipeline.distill.config import DistillSettings
+from pipeline.distill.config import DistillSettings, EvaluateSettings
 from pipeline.distill.recipe import load_recipe
 from pipeline.errors import PipelineError, describe_problems
 
@@ -87,12 +87,26 @@ def test_everything_wrong_with_the_settings_is_said_at_once() -> None:
         ("checkpoint_minutes", float("inf")),
         ("checkpoint_minutes", float("nan")),
         ("max_missing", float("nan")),
+        ("eval_split", ""),
     ],
 )
 def test_a_setting_that_could_not_be_trained_with_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValidationError) as caught:
         settings(**{field: value})
-    assert describe_problems(caught.value).startswith(f"{field}: input should be ")
+    kind = "string" if isinstance(value, str) else "input"
+    assert describe_problems(caught.value).startswith(f"{field}: {kind} should ")
+
+
+def test_a_file_whose_name_no_record_can_hold_is_refused() -> None:
+    with pytest.raises(ValidationError) as caught:
+        settings(artifact=Path("s\udcff.h5"), out=Path("rs\udcff2"), recipe="r\udcff.toml", cache=Path("c\udcff"))
+    advice = "its name is not UTF-8: give it another"
+    assert describe_problems(caught.value) == (
+        f"artifact: {advice}, found PosixPath('s\\udcff.h5'); out: {advice}, found PosixPath('rs\\udcff2'); "
+        f"recipe: {advice}, found 'r\\udcff.toml'; cache: {advice}, found PosixPath('c\\udcff')"
+    )
+    with pytest.raises(ValidationError, match=advice):
+        EvaluateSettings(student=Path("rs\udcff2"), data=DataSettings(dataset="d"))
 
 
 def test_any_seed_of_32_bits_is_taken() -> None:

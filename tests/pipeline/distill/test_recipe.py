@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.distill import recipe
 from pipeline.distill.augment import Augmentation
 from pipeline.distill.recipe import Recipe, load_recipe, parse_overrides, recipe_as_toml, shipped_recipes
 from pipeline.errors import PipelineError
@@ -113,6 +114,17 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
     assert refusal(str(path)).startswith(f"recipe '{path}' does not exist.")
 
 
+def test_a_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    advice = "does not exist. Choose paper, short, strong, or the path of a .toml file."
+    for name in ("../recipes/paper", "./paper", str(Path(recipe.__file__).parent / "recipes" / "paper"), "", "."):
+        assert refusal(name) == f"recipe {name!r} {advice}"
+    assert refusal("a" * 5000) == f"recipe '{'a' * 298}… {advice}"
+    long = refusal("a" * 5000 + ".toml")
+    assert long.startswith(f"recipe {'a' * 299}…: cannot be read (")
+    assert "File name too long" in long
+
+
 def test_a_recipe_that_is_not_toml_is_refused(tmp_path: Path) -> None:
     name = write(tmp_path / "mine.toml", "epochs: 3")
     assert refusal(name).startswith(f"recipe {name}: cannot be read (Expected '=' after a key")
@@ -163,6 +175,38 @@ def test_a_value_of_another_type_is_refused(key: str, value: object) -> None:
 
 def test_a_whole_number_stands_for_a_fraction() -> None:
     assert load_recipe("paper", {"alpha2": 1}).alpha2 == 1.0
+
+
+HUGE = "0x" + "f" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            'base = "paper"\nepochs = 9223372036854775808',
+            "epochs: input should be less than 9223372036854775808, found 9",
+        ),
+        (
+            f'base = "paper"\nbatch_size = {HUGE}',
+            "batch_size: input should be less than 9223372036854775808, found something too large to show (int)",
+        ),
+        (
+            f'base = "paper"\nepochs{".a" * 5000} = 1',
+            "epochs: input should be a valid integer, found something too large to show (dict)",
+        ),
+        (f"base = [{HUGE}]", "base: expected one of paper, short, strong, found something too large to show (list)"),
+    ],
+    ids=["just-too-large", "number", "table", "base"],
+)
+def test_a_value_without_measure_is_one_line(text: str, problem: str, tmp_path: Path) -> None:
+    name = write(tmp_path / "mine.toml", text)
+    assert refusal(name).startswith(f"recipe {name}: {problem}")
+
+
+def test_of_thousands_of_unknown_settings_some_are_named(tmp_path: Path) -> None:
+    name = write(tmp_path / "mine.toml", 'base = "paper"\n' + "".join(f"k{index} = 1\n" for index in range(20_000)))
+    assert refusal(name).endswith("; k39: unknown setting; and 19,960 more")
 
 
 def test_without_a_base_everything_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -264,10 +308,16 @@ def test_settings_are_laid_over_a_recipe_with_a_base_too(tmp_path: Path) -> None
         ("horizontal_flip", 0.5, "horizontal_flip: unknown setting"),
         ("base", "strong", "base: unknown setting"),
         ("a..b", 1, "a: unknown setting"),
+        ("epochs" + ".a" * 3000, 1, "epochs: input should be a valid integer, found {'a': "),
     ],
 )
 def test_a_table_is_no_setting_and_a_setting_no_table(key: str, value: object, problem: str) -> None:
     assert refusal("paper", {key: value}).startswith(f"recipe paper: {problem}")
+
+
+def test_settings_as_deep_as_they_come_are_laid_over_each_other() -> None:
+    deep = "augmentation" + ".a" * 3000
+    assert refusal("paper", {f"{deep}.b": 1, f"{deep}.c": 2}) == "recipe paper: augmentation.a: unknown setting"
 
 
 def test_typed_settings_are_read_as_toml_writes_them() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.data import DataSettings
 from pipeline.errors import describe_problems
-from pipeline.extract import ExtractSettings
+from pipeline.extract import CheckSettings, ExtractSettings
 
 
 def settings(**options: Any) -> ExtractSettings:
@@ -114,6 +114,27 @@ def test_prompts_and_pooling_that_do_not_fit_text_are_refused(options: dict[str,
     with pytest.raises(ValidationError) as error:
         settings(**options)
     assert describe_problems(error.value) == problem
+
+
+def test_numbers_that_no_manifest_could_hold_are_refused() -> None:
+    with pytest.raises(ValidationError) as error:
+        settings(data={"dataset": "pets", "limit": 2**63}, batch_size=2**63)
+    problem = f"input should be less than {2**63}, found {2**63}"
+    assert describe_problems(error.value) == f"data.limit: {problem}; batch_size: {problem}"
+    with pytest.raises(ValidationError, match=str(2**63)):
+        settings(per_class=2**63)
+    assert settings(per_class=2**63 - 1).images_per_class() == 2**63 - 1
+
+
+def test_a_file_whose_name_no_record_can_hold_is_refused() -> None:
+    with pytest.raises(ValidationError) as error:
+        settings(out="a\udcff.h5", data={"dataset": "pets", "split": "\udcff"})
+    advice = "its name is not UTF-8: give it another"
+    assert describe_problems(error.value) == (
+        f"data.split: {advice}, found '\\udcff'; out: {advice}, found 'a\\udcff.h5'"
+    )
+    with pytest.raises(ValidationError, match=advice):
+        CheckSettings(artifact=Path("a\udcff.h5"), teacher="t", data=DataSettings(dataset="d"))
 
 
 @pytest.mark.parametrize("rows", [(3, 3), (5, 2), (-1, 4)])

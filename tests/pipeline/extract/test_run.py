@@ -261,7 +261,7 @@ def test_worker_processes_change_no_byte(run: Run, out: Path) -> None:
 
 
 def test_both_containers_hold_the_same_tensors(run: Run, out: Path) -> None:
-    manifests = [run(out=out.with_suffix(suffix), samples=True).manifest for suffix in SUFFIXES]
+    manifests = [run(out=out.with_suffix(suffix), samples=True, overwrite=True).manifest for suffix in SUFFIXES]
     assert manifests[0] == manifests[1]
     one, two = (tensors_of(out.with_suffix(suffix)) for suffix in SUFFIXES)
     assert list(one) == list(two)
