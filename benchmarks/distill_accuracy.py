@@ -81,7 +81,7 @@ ARMS |= {
     "short-samples": Arm("samples", (*_SHORT, *_BOTH), "short-supervised"),
 }
 # What parts of a recipe add: without one of them, beside the whole.
-_PARTS = {
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "strong-class": {
         "mixing": ("augmentation.mixup_alpha=0", "augmentation.cutmix_alpha=0"),
         "operations": ("augmentation.operations=0",),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.distill_loops import our_step
@@ -60,7 +59,7 @@ def profile_steps(step: Callable[[], None], device: str) -> list[Figures]:
         seconds_of(step, PROFILED_STEPS, device)
     own = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
     # A GPU's kernels have rows too, and their time stands with the operators that launched them already.
-    operators = [row for row in profiler.key_averages() if row.device_type == DeviceType.CPU]
+    operators = [row for row in profiler.key_averages() if row.device_type.name == "CPU"]
     rows = sorted(operators, key=lambda row: getattr(row, own), reverse=True)
     total = sum(getattr(row, own) for row in rows)
     return [
