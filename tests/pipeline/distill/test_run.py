@@ -177,6 +177,7 @@ def test_the_record_holds_settings_recipe_artifact_and_result(
         "images_per_second": finished.images_per_second,
         "train_seconds": finished.train_seconds,
         "feed_share": finished.feed_share,
+        "compiled": False,
         "seconds": finished.seconds,
         "memory": {"resident_bytes": finished.memory.resident_bytes, "device_bytes": 0},
     }
