@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -509,23 +510,39 @@ def test_names_from_a_strangers_file_cannot_steer_the_terminal(run: Run, tmp_pat
     assert "\\x1b[2J" in out
 
 
+def signalled(program: str) -> "subprocess.CompletedProcess[str]":
+    """Run a program that sends itself a signal, with the handlers of a terminal: in the background some are ignored."""
+    given = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + textwrap.dedent(program)
+    return subprocess.run([sys.executable, "-c", given], cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "Interrupted.\n"), (signal.SIGTERM, "")])
 def test_while_a_library_is_imported_a_signal_ends_the_process_at_once(
     number: signal.Signals, said: str, tmp_path: Path
 ) -> None:
     module = f"import os, signal\nos.kill(os.getpid(), signal.{number.name})\nprint('went on')"
-    (tmp_path / "torch.py").write_text(module)
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cli; cli.cli.callback = None\n"
-    program += "cli.cli.main = lambda **options: __import__('torch'); cli.main()"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "library.py").write_text(module)
+    done = signalled(f"""
+        sys.path.insert(0, {str(tmp_path)!r})
+        import cli
+        cli.cli.main = lambda **options: __import__("library")
+        cli.main()
+    """)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", said)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_at_any_other_time_a_signal_is_an_exception_that_cleans_up(number: signal.Signals, code: int) -> None:
-    program = "import cli, os, signal\ndef stop(**options):\n    try:\n        os.kill(os.getpid(), signal.{})\n"
-    program += "    finally:\n        print('cleaned up', flush=True)\ncli.cli.main = stop; cli.main()"
-    done = subprocess.run([sys.executable, "-c", program.format(number.name)], cwd=ROOT, capture_output=True, text=True)
+    done = signalled(f"""
+        import cli, os
+        def stop(**options):
+            try:
+                os.kill(os.getpid(), signal.{number.name})
+            finally:
+                print("cleaned up", flush=True)
+        cli.cli.main = stop
+        cli.main()
+    """)
     assert (done.returncode, done.stdout) == (code, "cleaned up\n")
     assert "Traceback" not in done.stderr
 
