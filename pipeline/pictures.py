@@ -127,7 +127,7 @@ def _read(artifact: store.Artifact, method: Method, seed: int) -> Contents:
     return Contents(
         title=f"{source}\n{shown[0]} × {len(centre):,} values",
         names=[_shown(manifest.classes[row]) for row in drawn],
-        counts=np.maximum(artifact["class/count"][drawn], 1),
+        counts=artifact["class/count"][drawn],
         similarity=np.clip(classes @ classes.T, -1, 1),
         maps=maps,
         notes=tuple(notes),

@@ -99,10 +99,13 @@ class Artifact:
         Raises:
             KeyError: the artifact has no such tensor.
             ArtifactDigestError: the bytes differ from the manifest's SHA-256.
-            ArtifactFormatError: a value is not finite.
+            ArtifactFormatError: a value is not finite, or a class has no images.
         """
         self.verify(name)
-        return self.stored(name).whole()
+        tensor = self.stored(name).whole()
+        if name == "class/count":
+            layout.check_counts(tensor, self.path.name)
+        return tensor
 
     def verify(self, name: str, progress: Progress = ignore) -> None:
         """Check a tensor's digest and that its values are finite, once, in constant memory.

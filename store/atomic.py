@@ -1,15 +1,15 @@
 """Replace a file as a whole or not at all: a temporary file beside it, fsync, rename.
 
 The temporary file has a fixed name and a lock, so that what a killed writer left behind is written over by the
-next one, and two writers of one file do not mix.
+next one, and two writers of one file do not mix. Others may know the name, too: a link there is not followed.
 """
 
 import errno
 import fcntl
 import os
-import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        with temporary.open("ab") as lock:
+        _remove_strange(temporary)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -51,17 +52,23 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
                 raise
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # h5py reports a full disk with RuntimeError
+    except (OSError, RuntimeError) as error:  # the latter is what h5py raises if HDF5 fails
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if inner := re.search(r"error message = '([^']+)'", reason):  # HDF5 buries the cause in its own trace
-            reason = inner.group(1)
         reason = reason.splitlines()[0]
         raise ArtifactWriteError(f"{path}: cannot be written ({reason}).") from None
 
 
+def _remove_strange(path: Path) -> None:
+    """Remove what no killed writer left behind: a link to another file, which would be written over, or a pipe."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            path.unlink()
+
+
 def _is_same_file(file: BinaryIO, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False
 

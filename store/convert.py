@@ -217,8 +217,8 @@ class _LossMeter:
     """Compares old and new embeddings, block by block."""
 
     def __init__(self, class_means: NDArray[np.float32], num_rows: int) -> None:
-        self._means = class_means.astype(np.float32)
-        self._half_squares = np.square(self._means.astype(np.float64)).sum(axis=1) / 2
+        self._means = class_means.astype(np.float64)  # squares of a float32 may not fit in one
+        self._half_squares = np.square(self._means).sum(axis=1) / 2
         self._every = -(-num_rows // _COMPARED_ROWS)
         self._num_rows = self._num_cosines = self._num_compared = self._num_agreeing = 0
         self._sum, self._worst = 0.0, 1.0

@@ -12,7 +12,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import h5py
@@ -25,6 +28,7 @@ from store.flush import FlushBehind
 from store.isolation import ChildError, run_isolated
 from store.layout import COMPRESSIBLE, check_name, num_bytes, numpy_dtype
 from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo
+from store.patient_file import PatientFile
 
 _ALIGNMENT_BYTES = 64
 # Object formats of HDF5 1.8: every reader since 2008 opens them, and attributes may be larger than 64 KiB.
@@ -50,34 +54,14 @@ def write(path: Path, manifest: Manifest, blocks: dict[str, Blocks], *, gzip: bo
     Returns:
         The manifest with the digests.
     """
-    path.touch()
-    with (
-        path.open("rb") as descriptor,
-        FlushBehind(descriptor.fileno()) as flush,
-        h5py.File(
-            path,
-            "w",
-            libver=_LIBVER,
-            locking=False,
-            alignment_threshold=_ALIGNMENT_BYTES,
-            alignment_interval=_ALIGNMENT_BYTES,
-        ) as file,
-    ):
-        tensors = {}
-        for name in sorted(blocks):
-            info = manifest.tensors[name]
-            dataset = _create(file, name, info, compress=gzip and name in COMPRESSIBLE)
-            sha256 = write_blocks(name, info, blocks[name], _Rows(dataset, flush))
-            if dataset.chunks:
-                file.flush()
-                _location(dataset, name, "artifact", sys.maxsize)  # a file that readers would refuse is not written
-            tensors[name] = info.model_copy(update={"sha256": sha256})
-        finished = manifest.model_copy(update={"tensors": tensors})
-        file.attrs.create("manifest", np.bytes_(finished.to_bytes()))
-        file.attrs.create("manifest_sha256", np.bytes_(finished.sha256().encode()))
-    with path.open("rb+") as written:
-        os.fsync(written.fileno())
-    return finished
+    stopped = Event()
+    # HDF5 calls `PatientFile`, and must not meet the exception of Ctrl-C there: only the main thread gets that one.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdf5") as thread:
+        rows = {name: _until(stopped, of_one) for name, of_one in blocks.items()}
+        try:
+            return thread.submit(_write, path, manifest, rows, gzip=gzip).result()
+        finally:
+            stopped.set()
 
 
 def read_header(path: Path) -> Header:
@@ -140,16 +124,56 @@ def parse(path: Path, file_bytes: int) -> Header:
         ) from None
 
 
+def _until(stopped: Event, blocks: Blocks) -> Iterator[NDArray[Any]]:
+    for block in blocks:
+        yield block
+        if stopped.is_set():
+            raise InterruptedError
+
+
+def _write(path: Path, manifest: Manifest, blocks: Mapping[str, Blocks], *, gzip: bool) -> Manifest:
+    with path.open("w+b", buffering=0) as raw:
+        target = PatientFile(raw)
+        with (
+            FlushBehind(raw.fileno()) as flush,
+            h5py.File(
+                target,
+                "w",
+                libver=_LIBVER,
+                alignment_threshold=_ALIGNMENT_BYTES,
+                alignment_interval=_ALIGNMENT_BYTES,
+            ) as file,
+        ):
+            tensors = {}
+            for name in sorted(blocks):
+                info = manifest.tensors[name]
+                dataset = _create(file, name, info, compress=gzip and name in COMPRESSIBLE)
+                sha256 = write_blocks(name, info, blocks[name], _Rows(dataset, target, flush))
+                if dataset.chunks:
+                    file.flush()
+                    target.check()
+                    _location(dataset, name, "artifact", sys.maxsize)  # what readers would refuse is not written
+                tensors[name] = info.model_copy(update={"sha256": sha256})
+            finished = manifest.model_copy(update={"tensors": tensors})
+            file.attrs.create("manifest", np.bytes_(finished.to_bytes()))
+            file.attrs.create("manifest_sha256", np.bytes_(finished.sha256().encode()))
+        target.check()
+        os.fsync(raw.fileno())
+    return finished
+
+
 class _Rows:
     """Write consecutive blocks into a data set."""
 
-    def __init__(self, dataset: h5py.Dataset, flush: FlushBehind) -> None:
+    def __init__(self, dataset: h5py.Dataset, target: PatientFile, flush: FlushBehind) -> None:
         self._dataset = dataset
+        self._target = target
         self._flush = flush
         self._position = 0
 
     def __call__(self, block: NDArray[Any]) -> None:
         self._dataset[self._position : self._position + len(block)] = block
+        self._target.check()
         self._position += len(block)
         self._flush.wrote(block.nbytes)
 

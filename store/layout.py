@@ -160,6 +160,23 @@ def check_finite(name: str, block: NDArray[np.generic], where: str) -> None:
         raise ArtifactFormatError(f"{where}: {name} has values that are not finite (NaN or infinity).")
 
 
+def check_counts(counts: NDArray[np.int64], where: str) -> None:
+    """Refuse a class without images: sums are divided by their number.
+
+    Args:
+        counts: [C] `class/count`.
+        where: file name, for the message.
+
+    Raises:
+        ArtifactFormatError: a class has none, or fewer.
+    """
+    if counts.min() < 1:
+        raise ArtifactFormatError(
+            f"{where}: class/count has a value of {counts.min()}, expected at least 1. "
+            "The file is damaged: extract it again."
+        )
+
+
 def _check_row(name: str, info: TensorInfo, where: str) -> None:
     row_bytes = num_bytes(info) // info.shape[0]
     if row_bytes > _MAX_ROW_BYTES:

@@ -7,7 +7,7 @@ local path, so that the same extraction gives the same bytes.
 import hashlib
 import json
 import math
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -24,6 +24,9 @@ _MAX_MEMBERS = 1000  # of `tensors` and `software`: there are about ten of each
 
 Sha256 = str
 _SHA256 = r"^[0-9a-f]{64}$"
+# Every integer fits in int64: JSON's may have thousands of digits.
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -36,7 +39,7 @@ class FormatVersion(_Record):
 
     name: Literal["clip-embed-kd"] = FORMAT_NAME
     major: Literal[1] = FORMAT_MAJOR
-    minor: int = Field(default=FORMAT_MINOR, ge=0)
+    minor: Natural = FORMAT_MINOR
 
 
 class TeacherInfo(_Record):
@@ -49,7 +52,7 @@ class TeacherInfo(_Record):
     )
     architecture: str
     pooling: str = Field(description="how one embedding is taken from the teacher's output")
-    embed_dim: int = Field(ge=1)
+    embed_dim: Positive
     precision: str = Field(description="arithmetic of the forward pass: float32, bfloat16")
     licence: str | None = None
 
@@ -63,7 +66,7 @@ class DataSetInfo(_Record):
     split: str
     image_column: str
     label_column: str
-    rows: int = Field(ge=1, description="rows of the split, before sampling")
+    rows: Positive = Field(description="rows of the split, before sampling")
     classes_named: bool = Field(
         description="whether class names come from the data; if not, they are indices in decimal"
     )
@@ -73,20 +76,20 @@ class DataSetInfo(_Record):
 class SamplingInfo(_Record):
     """Which of the data set's images were embedded."""
 
-    per_class: int | None = Field(ge=1, description="images asked for in each class; none: all")
-    limit: int | None = Field(default=None, ge=1, description="rows kept before sampling; none: all")
-    seed: int = Field(ge=0, lt=2**63)
-    rows: tuple[int, int] | None = Field(
+    per_class: Positive | None = Field(description="images asked for in each class; none: all")
+    limit: Positive | None = Field(default=None, description="rows kept before sampling; none: all")
+    seed: Natural
+    rows: tuple[Natural, Natural] | None = Field(
         default=None,
         strict=False,
         description="first row of the split that was looked at, and the one after the last; absent where all were",
     )
-    batch_size: int = Field(ge=1)
-    views: int = Field(default=1, ge=1, description="renderings of each image; view 0 is the image itself")
+    batch_size: Positive
+    views: Positive = Field(default=1, description="renderings of each image; view 0 is the image itself")
     view_size: int | None = Field(default=None, ge=1, le=4096, description="side of an augmented view, in pixels")
-    views_version: int | None = Field(default=None, ge=1)
-    short_classes: int = Field(default=0, ge=0, description="classes with fewer images than per_class")
-    skipped_images: int = Field(default=0, ge=0, description="images that could not be decoded")
+    views_version: Positive | None = None
+    short_classes: Natural = Field(default=0, description="classes with fewer images than per_class")
+    skipped_images: Natural = Field(default=0, description="images that could not be decoded")
     images_sha256: Sha256 | None = Field(
         pattern=_SHA256,
         description="of the embedded images: their sorted unique pairs of sample key and class row (int32); "
@@ -125,7 +128,7 @@ class TensorInfo(_Record):
     """Type, shape and digest of one tensor."""
 
     dtype: str
-    shape: tuple[int, ...] = Field(strict=False, fail_fast=True)
+    shape: tuple[Natural, ...] = Field(strict=False, fail_fast=True)
     sha256: Sha256 = Field(default="0" * 64, pattern=_SHA256, description="of the little-endian bytes")
 
 

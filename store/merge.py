@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
 from store.container import Progress, ignore
@@ -78,7 +79,11 @@ def merge_artifacts(
         merge = _Merge(artifacts)
         if not allow_overlap:
             merge.check_disjoint()
-        manifest, tensors = merge.finish(progress)
+        try:
+            manifest, tensors = merge.finish(progress)
+        except ValidationError as error:  # a sum of what strangers wrote
+            first = error.errors()[0]
+            raise merge.overflow(".".join(map(str, first["loc"])), first["input"], 2**63 - 1) from None
         manifest = write_artifact(out, manifest, tensors, overwrite=overwrite)
         return MergeResult(manifest, merge.num_shared, tuple(merge.notes))
 
@@ -126,6 +131,9 @@ class _Merge:
         statistics = ClassStatistics(len(self.classes), first.teacher.embed_dim)
         for artifact, class_rows in zip(self.artifacts, self.class_rows, strict=True):
             statistics.merge(artifact["class/count"], artifact["class/mean"], artifact["class/m2"], class_rows)
+        largest, limit = float(statistics.m2.max()), float(np.finfo(np.float32).max)
+        if largest > limit:
+            raise self.overflow("class/m2", f"{largest:.4g}", f"{limit:.4g}")
         tensors: dict[str, NDArray[Any] | RowBlocks] = {
             **statistics.tensors(),
             **{name: rows.reporting(progress) for name, rows in self.samples.tensors().items()},
@@ -148,6 +156,12 @@ class _Merge:
             software=_joined([artifact.manifest.software for artifact in self.artifacts]),
         )
         return manifest, tensors
+
+    def overflow(self, what: str, reached: object, limit: object) -> ArtifactMergeError:
+        """Return the error that a number of all inputs together is larger than an artifact can hold."""
+        return ArtifactMergeError(
+            f"{self._named(self.artifacts)}: {what} of all together would be {reached}, at most {limit} can be stored."
+        )
 
     def _head(self, tensors: dict[str, NDArray[Any] | RowBlocks]) -> HeadInfo | None:
         if not any("head/weight" in artifact for artifact in self.artifacts):
@@ -174,8 +188,9 @@ class _Merge:
         for artifact, rows in zip(self.artifacts, self.class_rows, strict=True):
             if agree:
                 known = ~np.isnan(text[rows, 0])
+                differences = text[rows][known].astype(np.float64) - artifact["class/text"][known]
                 # Rounding depends on what else was in the batch, in bfloat16 by a hundredth.
-                agree = bool(np.allclose(text[rows][known], artifact["class/text"][known], rtol=0, atol=0.02))
+                agree = bool((np.abs(differences) <= 0.02).all())
                 text[rows] = artifact["class/text"]
         if not agree:
             self.notes.append("class/text was dropped: the inputs do not all have it, or differ in it.")
@@ -188,7 +203,7 @@ class _Merge:
         per_class = None
         asked_of_each = [part.per_class for part in parts if part.per_class is not None]
         if len(asked_of_each) == len(parts):
-            asked = np.zeros(len(self.classes), object)  # a stranger's number may be of any size
+            asked = np.zeros(len(self.classes), object)  # the sum of strangers' numbers may be of any size
             for number, rows in zip(asked_of_each, self.class_rows, strict=True):
                 asked[rows] += number
             per_class = int(asked.max())

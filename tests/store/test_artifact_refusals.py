@@ -53,6 +53,21 @@ def test_another_suffix_is_refused(tmp_path: Path, name: str) -> None:
     assert write_refusal(path, class_tensors(), store.StoreError, overwrite=True) == expected
 
 
+@pytest.mark.parametrize("smallest", [0, -(2**63)])
+def test_a_class_without_images_is_refused_when_the_counts_are_read(path: Path, smallest: int) -> None:
+    tensors = class_tensors() | {"class/count": np.array([4, smallest, 6])}
+    save_foreign(path, document_of(tensors), tensors)
+    with store.open_artifact(path) as artifact:
+        assert artifact["class/mean"].shape == (3, 4)
+        for _ in range(2):
+            with pytest.raises(store.ArtifactFormatError) as caught:
+                artifact["class/count"]
+            assert str(caught.value) == (
+                f"{path.name}: class/count has a value of {smallest}, expected at least 1. "
+                "The file is damaged: extract it again."
+            )
+
+
 def test_another_manifest_digest_is_refused(path: Path) -> None:
     save_foreign(path, document_of(class_tensors()), class_tensors(), sha256="0" * 64)
     message = refusal(path, store.ArtifactDigestError)

@@ -153,6 +153,17 @@ def test_a_nearest_class_that_changes_is_counted(path: Path) -> None:
     assert (loss.nearest_class_agreement, loss.num_rows, loss.num_compared) == (0.75, 4, 4)
 
 
+def test_the_largest_numbers_are_compared_without_a_warning(path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    largest = float(np.finfo(np.float32).max)
+    means = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 0, 0]], np.float32) * np.float32(largest)
+    embeddings = np.array([[[1, 0.6, 0, 0]], [[0.6, 1, 0, 0]]], np.float32) * np.float32(largest / 2)
+    store.write_artifact(path, make_manifest(views=1), class_tensors() | {"class/mean": means} | samples_of(embeddings))
+    loss = converted(path, path.with_name("out.h5"), Conversion("int8")).loss
+    assert loss is not None
+    assert (loss.nearest_class_agreement, loss.num_compared) == (1, 2)
+    assert list(recwarn) == []
+
+
 @pytest.mark.parametrize("source", ["float32", "int8"])
 def test_an_overflow_is_an_error_and_leaves_nothing(path: Path, source: str) -> None:
     images = draw_images(6, 0)

@@ -96,7 +96,7 @@ def test_another_dtype_is_refused(name: str, expected: str) -> None:
         ("class/mean", (4, 3), "[3, 4] (C × D"),
         ("class/m2", (3,), "[3, 4] (C × D"),
         ("class/text", (3, 5), "[3, 4] (C × D"),
-        ("head/weight", (3, -4), "[3, 4] (C × D"),
+        ("head/weight", (3, 0), "[3, 4] (C × D"),
         ("head/bias", (), "[3] (C"),
         ("sample/key", (5, 15), "[5, 16] (S × 16"),
         ("sample/label", (6,), "[5] (S"),

@@ -151,7 +151,23 @@ def test_another_major_version_is_refused(major: object) -> None:
         ("data_set.rows", "10", "Input should be a valid integer"),
         ("data_set.classes_named", 1, "Input should be a valid boolean"),
         ("sampling.seed", -1, "Input should be greater than or equal to 0"),
-        ("sampling.seed", 2**63, f"Input should be less than {2**63}"),
+        *(
+            (place, number, f"Input should be less than {2**63}")
+            for number in (2**63, 10**4299)
+            for place in (
+                "format.minor",
+                "teacher.embed_dim",
+                "data_set.rows",
+                "sampling.per_class",
+                "sampling.limit",
+                "sampling.seed",
+                "sampling.batch_size",
+                "sampling.views",
+                "sampling.views_version",
+                "sampling.short_classes",
+                "sampling.skipped_images",
+            )
+        ),
         ("sampling.view_size", 4097, "Input should be less than or equal to 4096"),
         ("sampling.views", 0, "Input should be greater than or equal to 1"),
         ("sampling.images_sha256", "x", "String should match pattern '^[0-9a-f]{64}$'"),
@@ -176,6 +192,20 @@ def test_a_wrong_field_is_refused(place: str, value: object, problem: str) -> No
     with pytest.raises(store.ArtifactFormatError) as caught:
         parse(document)
     assert str(caught.value) == (f"file: manifest field {place}: {problem}. The file is damaged: extract it again.")
+
+
+@pytest.mark.parametrize(("place", "value"), [("sampling.rows", [0, 2**63]), ("tensors.class/mean.shape", [3, 2**63])])
+def test_a_wrong_member_is_refused(place: str, value: object) -> None:
+    document = record = example()
+    *parents, field = place.split(".")
+    for parent in parents:
+        record = record[parent]
+    record[field] = value
+    with pytest.raises(store.ArtifactFormatError) as caught:
+        parse(document)
+    assert str(caught.value) == (
+        f"file: manifest field {place}.1: Input should be less than {2**63}. The file is damaged: extract it again."
+    )
 
 
 @pytest.mark.parametrize("field", ["teacher", "data_set", "preprocessing", "sampling", "classes"])

@@ -261,6 +261,20 @@ def test_text_embeddings_are_kept_with_their_record_where_all_agree(tmp_path: Pa
     assert_same_bits(found, {"class/text": text} if others == "equal" else {})
 
 
+def test_text_embeddings_as_far_apart_as_can_be_differ_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    largest = np.finfo(np.float32).max
+    paths = [
+        extract(
+            tmp_path / f"{index}.h5", draw_images(6, index), more={"class/text": np.full((3, 4), value, np.float32)}
+        )
+        for index, value in enumerate((largest, -largest))
+    ]
+    assert merged(tmp_path / "out.h5", *paths).notes == (TEXT_DROPPED,)
+    assert list(recwarn) == []
+
+
 def test_unknown_tensors_are_dropped_with_a_note(tmp_path: Path) -> None:
     one, two = draw_images(9, 0), draw_images(9, 1)
     more: Tensors = {"future/x": np.ones(3, np.int8), "sample/mood": np.ones(9, np.float32)}
@@ -276,12 +290,42 @@ def test_a_strangers_manifest_is_no_crash(tmp_path: Path) -> None:
     one, two = extract_all(tmp_path, [draw_images(9, seed) for seed in (0, 1)], {}, {"sampling.per_class": 1})
     tensors = {name: array for name, array in read_all(one).items() if name.startswith("class/")}
     document = document_of(tensors)
-    document["sampling"] |= {"views": 1, "per_class": 10**30}
+    document["sampling"] |= {"views": 1, "per_class": 2**63 - 1}
     document["data_set"]["future"] = ["a list"]
     save_foreign(one, document, tensors)
     manifest = merged(tmp_path / "out.safetensors", one, two).manifest
-    assert (manifest.sampling.per_class, manifest.sampling.short_classes) == (10**30, 6)
+    assert (manifest.sampling.per_class, manifest.sampling.short_classes) == (2**63 - 1, 6)
     assert manifest.data_set.model_extra == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"sampling.per_class": 2**62}, "per_class"),
+        ({"sampling.skipped_images": 2**62}, "skipped_images"),
+        ({"data_set.rows": 2**62}, "rows"),
+    ],
+)
+def test_sums_that_no_artifact_can_hold_are_refused(tmp_path: Path, change: dict[str, Any], field: str) -> None:
+    names = [change, change | {"data_set.name": "owner/others"}]
+    paths = extract_all(tmp_path, [draw_images(9, seed) for seed in (0, 1)], *names)
+    assert refused(*paths) == (
+        f"0.safetensors, 1.safetensors: {field} of all together would be {2**63}, at most {2**63 - 1} can be stored."
+    )
+
+
+def test_means_too_far_apart_for_their_m2_are_refused_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    paths = extract_all(tmp_path, [draw_images(9, seed) for seed in (0, 1)], with_samples=False)
+    largest = np.finfo(np.float32).max
+    for path, value in zip(paths, (largest, -largest), strict=True):
+        means = {"class/mean": np.full((3, 4), value, np.float32)}
+        store.write_artifact(path, make_manifest(), read_all(path) | means, overwrite=True)
+    assert refused(*paths) == (
+        "0.safetensors, 1.safetensors: class/m2 of all together would be 6.948e+77, at most 3.403e+38 can be stored."
+    )
+    assert list(recwarn) == []
 
 
 @pytest.mark.parametrize(
