@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -194,10 +195,21 @@ def test_a_full_disk_keeps_the_old_file(storage: tuple[Path, dict[str, bool]], l
     assert done.stdout == f"{path}: cannot be written (File too large).\n"
 
 
+@pytest.fixture
+def _handlers_of_a_terminal() -> Iterator[None]:
+    """Let Ctrl-C be an exception; in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_handlers_of_a_terminal")
 def test_ctrl_c_ends_the_writing(path: Path) -> None:
     def interrupted() -> Iterator[NDArray[Any]]:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        yield from itertools.repeat(ROWS[:0])
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            yield ROWS[:0]
 
     with pytest.raises(KeyboardInterrupt):
         store.write_artifact(path, make_manifest(), streamed(interrupted()))
