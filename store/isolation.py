@@ -10,6 +10,7 @@ import os
 import resource
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import NoReturn
 _MEMORY_BYTES = 256 * 1024 * 1024  # beyond what the process has mapped already; six copies of a manifest
 _WALL_SECONDS = 60.0  # a slow disk is no crime
 _LENGTH_BYTES = 8
+# One at a time: of several threads that fork, the library filelock refuses all but one. A child never takes it.
+_FORKING = threading.Lock()
 
 
 class ChildError(Exception):
@@ -42,7 +45,8 @@ def run_isolated(function: Callable[[], bytes], cpu_seconds: float) -> bytes:
     try:
         try:
             # Python 3.12 may warn of threads. The child runs the parser alone, and h5py holds its lock across a fork.
-            process = os.fork()
+            with _FORKING:
+                process = os.fork()
             if process == 0:  # pragma: no cover (in the child)
                 _run_child(function, write_end, cpu_seconds)
         finally:

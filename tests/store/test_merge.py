@@ -261,9 +261,8 @@ def test_text_embeddings_are_kept_with_their_record_where_all_agree(tmp_path: Pa
     assert_same_bits(found, {"class/text": text} if others == "equal" else {})
 
 
-def test_text_embeddings_as_far_apart_as_can_be_differ_without_a_warning(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_text_embeddings_as_far_apart_as_can_be_differ_without_a_warning(tmp_path: Path) -> None:
     largest = np.finfo(np.float32).max
     paths = [
         extract(
@@ -272,7 +271,6 @@ def test_text_embeddings_as_far_apart_as_can_be_differ_without_a_warning(
         for index, value in enumerate((largest, -largest))
     ]
     assert merged(tmp_path / "out.h5", *paths).notes == (TEXT_DROPPED,)
-    assert list(recwarn) == []
 
 
 def test_unknown_tensors_are_dropped_with_a_note(tmp_path: Path) -> None:
@@ -314,9 +312,8 @@ def test_sums_that_no_artifact_can_hold_are_refused(tmp_path: Path, change: dict
     )
 
 
-def test_means_too_far_apart_for_their_m2_are_refused_without_a_warning(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_means_too_far_apart_for_their_m2_are_refused_without_a_warning(tmp_path: Path) -> None:
     paths = extract_all(tmp_path, [draw_images(9, seed) for seed in (0, 1)], with_samples=False)
     largest = np.finfo(np.float32).max
     for path, value in zip(paths, (largest, -largest), strict=True):
@@ -325,7 +322,6 @@ def test_means_too_far_apart_for_their_m2_are_refused_without_a_warning(
     assert refused(*paths) == (
         "0.safetensors, 1.safetensors: class/m2 of all together would be 6.948e+77, at most 3.403e+38 can be stored."
     )
-    assert list(recwarn) == []
 
 
 @pytest.mark.parametrize(
