@@ -229,15 +229,21 @@ def test_epochs_are_told_now_and_then_and_the_last_one_always(
     assert [re.fullmatch(pattern, message)[1] for message in caplog.messages] == ["1", "2"]  # type: ignore[index]
 
 
-def test_a_run_is_saved_within_an_epoch_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[int] = []
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After which steps runs are saved."""
+    steps: list[int] = []
     save = checkpoint.Checkpoints.save
 
     def watched(checkpoints: Any, trainer: Trainer) -> None:
-        saved.append(trainer.progress.num_steps)
+        steps.append(trainer.progress.num_steps)
         save(checkpoints, trainer)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
+    return steps
+
+
+def test_a_run_is_saved_within_an_epoch_as_often_as_asked(tmp_path: Path, saved: list[int]) -> None:
     Place(Setup(), tmp_path).train("often", minutes=1e-9)
     assert saved == [1, 2, 3, 3, 4, 5, 6, 6]
     saved.clear()
@@ -247,16 +253,8 @@ def test_a_run_is_saved_within_an_epoch_as_often_as_asked(tmp_path: Path, monkey
 
 
 def test_short_epochs_that_are_not_evaluated_share_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, saved: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved: list[int] = []
-    save = checkpoint.Checkpoints.save
-
-    def watched(checkpoints: Any, trainer: Trainer) -> None:
-        saved.append(trainer.progress.num_steps)
-        save(checkpoints, trainer)
-
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", watched)
     place = Place(replace(EVERYTHING, fields=(*EVERYTHING.fields, ("epochs", 6))), tmp_path)
     place.train("shared", evaluate_every=4)
     assert saved == [3, 12, 18]  # the first, with which the run directory appears, and those that are evaluated
