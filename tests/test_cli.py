@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import cli
+from pipeline.commands.options import Finite
 from tests.conftest import make_split
 
 Run = Callable[..., tuple[int, str, str]]
@@ -470,7 +471,7 @@ def test_a_number_without_measure_is_refused(option: str, value: str, problem: s
 
 def test_every_option_that_takes_a_fraction_takes_finite_ones_only() -> None:
     types = [parameter.type for _, command in commands() for parameter in command.params]
-    assert {type(each) for each in types if isinstance(each, click.types.FloatParamType)} == {cli._Finite}
+    assert {type(each) for each in types if isinstance(each, click.types.FloatParamType)} == {Finite}
 
 
 def test_a_name_that_is_not_utf8_is_one_line_that_can_be_printed(run: Run) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 import cli
+from pipeline.commands.distill import take_overrides
+from pipeline.commands.options import take_data_settings
 from pipeline.data import DataSettings
 from pipeline.demo import run as module
 from pipeline.demo.run import TEACHER, command_line, distill_settings, extract_settings, run_demo
@@ -30,19 +32,19 @@ def parsed(line: str) -> tuple[str, dict[str, object]]:
 
 def test_a_printed_command_says_exactly_what_is_run(tmp_path: Path) -> None:
     _, options = parsed(command_line("extract", extract_settings(tmp_path)))
-    assert ExtractSettings(data=cli._data_settings(options), **options) == extract_settings(tmp_path)
+    assert ExtractSettings(data=take_data_settings(options), **options) == extract_settings(tmp_path)
     for alpha2, seed in ((0.0, 0), (0.5, 2)):
         expected = distill_settings(tmp_path, alpha2, seed)
         _, options = parsed(command_line("distill", expected))
-        overrides = cli._overrides(options)
-        assert DistillSettings(data=cli._data_settings(options), overrides=overrides, **options) == expected
+        overrides = take_overrides(options)
+        assert DistillSettings(data=take_data_settings(options), overrides=overrides, **options) == expected
 
 
 def test_a_printed_command_survives_odd_names(tmp_path: Path) -> None:
     data = DataSettings(dataset="it's", config="c", revision="r", label_column="fine label", limit=3)
     settings = ExtractSettings(teacher="a b", data=data, out=tmp_path / "x.h5", per_class=5, skip_bad=True)
     _, options = parsed(command_line("extract", settings))
-    assert ExtractSettings(data=cli._data_settings(options), **options) == settings
+    assert ExtractSettings(data=take_data_settings(options), **options) == settings
 
 
 def test_the_shipped_teacher_and_recipe_are_what_the_documentation_says() -> None:

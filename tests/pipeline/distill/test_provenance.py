@@ -111,7 +111,7 @@ def test_the_command_has_options_that_exist() -> None:
         **{"micro_batch": 4, "compile": True, "seed": 3, "max_missing": 0.5, "join_by_index": True, "skip_bad": True},
     }
     found = words(RECORD | {"settings": every})
-    known = {name for parameter in cli.distill.params for name in parameter.opts}
+    known = {name for parameter in cli.cli.commands["distill"].params for name in parameter.opts}
     flags = [word for word in found if word.startswith("--")]
     assert set(flags) <= known
     assert len(flags) == len(set(flags)) == 2 + 5 + 1 + 12 + 2 + 2

@@ -1,0 +1,1 @@
+"""The commands, of which `cli.py` makes one program: each parses, calls one function and prints."""
