@@ -15,8 +15,8 @@ from benchmarks import made_inputs
 from benchmarks.distill_loops import LABEL_COLUMN, Subject
 from benchmarks.distill_setup import Setup, first_rows
 from benchmarks.figure_book import Figures
-from pipeline.data import to_rgb
 from pipeline.distill.targets import class_rows, join, verify_for
+from pipeline.pixels import to_rgb
 from store import open_artifact
 
 JOINED_IMAGES, TRIAL_IMAGES, TEST_IMAGES = 50_000, 1000, 100

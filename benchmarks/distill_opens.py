@@ -18,9 +18,9 @@ from benchmarks.distill_setup import Setup, first_rows
 from benchmarks.extract_processes import run
 from benchmarks.extract_setup import ROOT
 from benchmarks.figure_book import Figures
-from pipeline.data import to_rgb
 from pipeline.distill.images import fit_to
 from pipeline.distill.student import load_student
+from pipeline.pixels import to_rgb
 
 TRAINED_IMAGES, TEST_IMAGES, COMPARED_IMAGES = 1000, 200, 32
 SHORT, SHORTER = ("--max-steps", "100"), ("--max-steps", "2", "--image-size", "16")

@@ -14,11 +14,12 @@ from transformers.pipelines.pt_utils import KeyDataset
 import store
 from benchmarks.extract_setup import Setup, fresh_folder
 from benchmarks.figure_book import Figures
-from pipeline.data import load_labelled, sample_key, to_rgb
+from pipeline.data import load_labelled
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.embed import Embedder
 from pipeline.extract.partial import PartialFolder
 from pipeline.extract.preparation import load_settings_teacher, make_embedder
+from pipeline.pixels import sample_key, to_rgb
 from pipeline.runtime import Precision, resolve_device
 
 WARM_UP_IMAGES, COMPARED_IMAGES = 256, 16

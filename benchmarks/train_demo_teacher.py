@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data import to_rgb
 from pipeline.demo.digits import CLASS_NAMES, load_digits_splits
 from pipeline.extract.teacher import Preprocess
+from pipeline.pixels import to_rgb
 from pipeline.progress import ProgressBar, log_to_stderr
 
 NUM_EPOCHS = 150

@@ -1,12 +1,10 @@
-"""A labelled image data set by hub name or path, and who each image is: its sample key.
+"""A labelled image data set by hub name or path.
 
 Reads whatever `datasets` loads, finds the columns, decodes to RGB. Augments nothing and resizes nothing.
 """
 
 import errno
-import hashlib
 import re
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -16,12 +14,13 @@ from typing import Any
 import datasets
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pipeline.columns import find_image_column, find_label_column, read_labels
 from pipeline.errors import PipelineError, check_utf8, first_line
+from pipeline.pixels import to_rgb
 
-SAMPLE_KEY_VERSION = 1
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
 # What the system says of a file that will be as unreadable tomorrow; anything else may pass.
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG}
@@ -173,9 +172,9 @@ def load_labelled(settings: DataSettings) -> Labelled:
     if settings.split not in splits:
         raise PipelineError(f"{settings.dataset}: no split {settings.split!r}. It has {', '.join(map(repr, splits))}.")
     rows = splits[settings.split]
-    image_column = _image_column(rows.features, settings)
-    label_column = _label_column(rows.features, settings, image_column)
-    labels, class_names, named = _labels(rows, label_column, settings)
+    image_column = find_image_column(rows.features, settings.image_column, settings.dataset)
+    label_column = find_label_column(rows.features, settings.label_column, settings.dataset, beside=image_column)
+    labels, class_names, named = read_labels(rows, label_column, f"{settings.dataset}, split {settings.split}")
     num_rows = len(rows)
     numbers = np.arange(num_rows)
     rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
@@ -214,50 +213,6 @@ def raise_bad(bad: Iterable[BadImageError], *, skip_bad: bool) -> None:
             raise error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Bring an image of any kind to 8-bit RGB, in one defined way.
-
-    EXIF orientation is applied, alpha is composited on white, 16 bits are scaled to 8 (rounded to nearest),
-    grey is repeated.
-
-    Args:
-        image: an opened image; it is decoded here.
-
-    Returns:
-        Mode RGB, without metadata.
-
-    Raises:
-        ValueError: floating-point pixels.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers; 8 or 16 bits are expected")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    image = image.convert("RGB")
-    image.info = {}
-    return image
-
-
-def sample_key(image: Image.Image) -> bytes:
-    """Compute who an image is, whatever its position, file format or compression.
-
-    Args:
-        image: mode RGB, as `to_rgb` makes it.
-
-    Returns:
-        16 bytes: BLAKE2b-128 over a version byte, height and width (u32, little-endian) and the RGB bytes.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(struct.pack("<BII", SAMPLE_KEY_VERSION, image.height, image.width))
-    digest.update(image.tobytes())
-    return digest.digest()
-
-
 def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
     datasets.disable_progress_bars()
     path = Path(settings.dataset)
@@ -283,84 +238,6 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
             "folder of parquet files, of images in a folder each class, or of a saved data set."
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
-
-
-def _image_column(features: datasets.Features, settings: DataSettings) -> str:
-    candidates = [name for name, feature in features.items() if _holds_images(feature)]
-    return _choose("image", settings.image_column, candidates, features, settings.dataset)
-
-
-def _label_column(features: datasets.Features, settings: DataSettings, image_column: str) -> str:
-    candidates = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    values = [name for name, feature in features.items() if _holds_values(feature) and name != image_column]
-    if settings.label_column is not None and settings.label_column in values:
-        return settings.label_column
-    return _choose("label", settings.label_column, candidates or values, features, settings.dataset)
-
-
-def _choose(what: str, asked: str | None, candidates: list[str], features: datasets.Features, dataset: str) -> str:
-    if asked is None and len(candidates) == 1:
-        return candidates[0]
-    listed = ", ".join(candidates) or "none"
-    if asked is None:
-        raise PipelineError(
-            f"{dataset}: {len(candidates)} columns could be the {what} column ({listed}). "
-            + (f"Pass --{what}-column." if candidates else f"Its columns are {', '.join(features)}.")
-        )
-    if asked not in features:
-        raise PipelineError(f"{dataset}: no column {asked!r}. Candidates for --{what}-column: {listed}.")
-    if asked not in candidates:
-        expected = "images" if what == "image" else "classes (class labels, integers or names)"
-        raise PipelineError(
-            f"{dataset}: column {asked!r} is {features[asked]}, expected {expected}. "
-            f"Candidates for --{what}-column: {listed}."
-        )
-    return asked
-
-
-def _holds_images(feature: Any) -> bool:
-    # Parquet that was not written by `datasets` has images as plain structures of bytes and path.
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-
-
-def _holds_values(feature: Any) -> bool:
-    if not isinstance(feature, datasets.Value):
-        return False
-    return feature.dtype in ("string", "large_string") or re.fullmatch(r"u?int\d+", feature.dtype) is not None
-
-
-def _labels(
-    rows: datasets.Dataset, column: str, settings: DataSettings
-) -> tuple[NDArray[np.int64], tuple[str, ...], bool]:
-    if len(rows) == 0:
-        raise PipelineError(f"{settings.dataset}, split {settings.split}: it has no rows.")
-    cells = rows.with_format("arrow")[:][column]
-    if cells.null_count:
-        raise PipelineError(f"{settings.dataset}, split {settings.split}: {cells.null_count} rows have no {column}.")
-    feature = rows.features[column]
-    if isinstance(feature, datasets.Value) and feature.dtype.endswith("string"):
-        names, inverse = np.unique(np.array(cells.to_pylist(), dtype=object).astype(str), return_inverse=True)
-        return inverse.astype(np.int64), tuple(str(name) for name in names), True
-    labels: NDArray[np.int64] = cells.to_numpy().astype(np.int64)
-    if labels.min() < 0:
-        row = int(np.flatnonzero(labels < 0)[0])
-        raise PipelineError(
-            f"{settings.dataset}, split {settings.split}, row {row}: {column} is {labels[row]}, which is no class. "
-            "Is this an unlabelled split? Choose another with --split or --eval-split."
-        )
-    if isinstance(feature, datasets.ClassLabel):
-        beyond = np.flatnonzero(labels >= len(feature.names))
-        if len(beyond):
-            raise PipelineError(
-                f"{settings.dataset}, split {settings.split}, row {beyond[0]}: {column} is {labels[beyond[0]]}, but "
-                f"the data set names {len(feature.names)} classes. Mend its labels or its class names."
-            )
-        return labels, tuple(feature.names), True
-    if labels.max() > max(1_000_000, len(labels)):
-        raise PipelineError(
-            f"{settings.dataset}: {column} goes up to {labels.max()}, expected class indices from 0 on."
-        )
-    return labels, tuple(str(index) for index in range(int(labels.max()) + 1)), False
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -22,8 +22,8 @@ from benchmarks.distill_profile import products_of
 from benchmarks.distill_rounds import compare, in_rounds, timer
 from benchmarks.distill_runs import begun_ns, left_by, phase
 from benchmarks.figure_book import FigureBook
-from pipeline.data import sample_key, to_rgb
 from pipeline.distill.preparation import Prepared
+from pipeline.pixels import sample_key, to_rgb
 from tests.conftest import CLASS_NAMES, SHARED, make_split
 from tests.store.examples import class_tensors, make_manifest
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import store
-from pipeline.data import BadImageError, DataSettings, load_labelled, sample_key
+from pipeline.data import BadImageError, DataSettings, load_labelled
 from pipeline.distill.cache import cached_images
 from pipeline.distill.join_report import report_join
 from pipeline.distill.recipe import load_recipe
 from pipeline.distill.targets import class_rows, join, verify_for
 from pipeline.extract import ExtractSettings, extract
+from pipeline.pixels import sample_key
 from tests.conftest import SHARED
 
 CIFAR100 = SHARED / "data" / "cifar100"

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data import SAMPLE_KEY_VERSION, BadImageError, Labelled, raise_bad
+from pipeline.data import BadImageError, Labelled, raise_bad
 from pipeline.distill.cache_entry import CacheEntry, DamagedEntryError, Stored
 from pipeline.distill.decoding import Block, ReplayedViews, decode_blocks
 from pipeline.distill.images import DecodedImages
 from pipeline.errors import PipelineError
+from pipeline.pixels import SAMPLE_KEY_VERSION
 from pipeline.progress import LOGGER, ProgressBar, duration, size
 from pipeline.views import VIEWS_VERSION
 

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data import BadImageError, Labelled, sample_key
+from pipeline.data import BadImageError, Labelled
 from pipeline.distill.images import StripImageError, fit_to
 from pipeline.errors import PipelineError
+from pipeline.pixels import sample_key
 from pipeline.views import render_view
 
 _BLOCK_ROWS = 64

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data import to_rgb
 from pipeline.distill.images import StripImageError, fit_to
 from pipeline.distill.student import Student
 from pipeline.errors import PipelineError, first_line
+from pipeline.pixels import to_rgb
 
 _NUM_BEST = 5
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data import BadImageError, Labelled, sample_key
+from pipeline.data import BadImageError, Labelled
+from pipeline.pixels import sample_key
 from pipeline.views import render_view
 
 if TYPE_CHECKING:

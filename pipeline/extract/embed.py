@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data import BadImageError, Labelled, UnreadableImageError, raise_bad, sample_key
+from pipeline.data import BadImageError, Labelled, UnreadableImageError, raise_bad
 from pipeline.errors import PipelineError
 from pipeline.extract.batches import Batch, Rendering, read_batches
 from pipeline.extract.chunk_files import ChunkFiles
 from pipeline.extract.chunk_writer import ChunkWriter
 from pipeline.extract.config import ExtractSettings
 from pipeline.extract.partial import Chunk, PartialFolder, chunk_dtype
+from pipeline.pixels import sample_key
 from pipeline.progress import LOGGER, ProgressBar
 from pipeline.runtime import batch_must_fit
 from pipeline.stopping import StopRequest

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data import BadImageError, Labelled, load_labelled, raise_bad, sample_key
+from pipeline.data import BadImageError, Labelled, load_labelled, raise_bad
 from pipeline.errors import PipelineError, listed
 from pipeline.extract.sampling import sample_rows
+from pipeline.pixels import sample_key
 from pipeline.progress import ProgressBar
 from store import Artifact, SamplingInfo
 

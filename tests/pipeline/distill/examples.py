@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import store
-from pipeline.data import DataSettings, Labelled, load_labelled, sample_key, to_rgb
+from pipeline.data import DataSettings, Labelled, load_labelled
 from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings, Target
 from pipeline.distill.images import DecodedImages
@@ -23,6 +23,7 @@ from pipeline.distill.loop import Compute, Trainer
 from pipeline.distill.recipe import Recipe, load_recipe
 from pipeline.distill.student import Student, build_student, student_config
 from pipeline.distill.targets import Targets, class_rows, join
+from pipeline.pixels import sample_key, to_rgb
 from pipeline.views import VIEWS_VERSION
 from tests.conftest import CLASS_NAMES
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import store
-from pipeline.data import DataSettings, Labelled, load_labelled, sample_key
+from pipeline.data import DataSettings, Labelled, load_labelled
 from pipeline.distill import cache as module
 from pipeline.distill import distill
 from pipeline.distill.cache import cached_images, default_cache
@@ -27,6 +27,7 @@ from pipeline.distill.images import DecodedImages
 from pipeline.distill.preparation import compute_for, prepare
 from pipeline.distill.student import load_student
 from pipeline.errors import PipelineError
+from pipeline.pixels import sample_key
 from pipeline.views import render_view
 from tests.conftest import make_images, make_split
 from tests.pipeline.distill.examples import (

@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data import Labelled, sample_key
+from pipeline.data import Labelled
 from pipeline.distill import decoding
 from pipeline.distill.cache import cached_images
 from pipeline.distill.decoding import Block, ReplayedViews, decode_blocks
 from pipeline.distill.images import fit_to
 from pipeline.errors import PipelineError
+from pipeline.pixels import sample_key
 from pipeline.views import render_view
 from tests.conftest import make_images, make_split
 from tests.pipeline.distill.examples import JUNK, labelled, make_rows, noise, png

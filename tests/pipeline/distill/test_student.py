@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.data import to_rgb
 from pipeline.distill.images import fit_to
 from pipeline.distill.recipe import load_recipe
 from pipeline.distill.student import (
@@ -23,6 +22,7 @@ from pipeline.distill.student import (
     student_config,
 )
 from pipeline.errors import PipelineError
+from pipeline.pixels import to_rgb
 from tests.conftest import CLASS_NAMES
 from tests.pipeline.distill.examples import equal_weights, file_names, make_student, weights_of
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data import DataSettings, Labelled, load_labelled, sample_key
+from pipeline.data import DataSettings, Labelled, load_labelled
 from pipeline.extract.batches import Batch, Rendering, read_batches
+from pipeline.pixels import sample_key
 from pipeline.views import render_view
 from tests.conftest import make_images
 

@@ -15,10 +15,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 import store
-from pipeline.data import BadImageError, DataSettings, Labelled, sample_key
+from pipeline.data import BadImageError, DataSettings, Labelled
 from pipeline.errors import PipelineError
 from pipeline.extract import CheckResult, CheckSettings, ExtractSettings, check_artifact, extract
 from pipeline.extract.teacher import Teacher
+from pipeline.pixels import sample_key
 from pipeline.views import VIEWS_VERSION
 from store import Conversion
 from tests.conftest import CLASS_NAMES, make_images, make_split

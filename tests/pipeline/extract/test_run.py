@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import store
-from pipeline.data import DataSettings, sample_key
+from pipeline.data import DataSettings
 from pipeline.errors import PipelineError
 from pipeline.extract import ExtractResult, ExtractSettings, extract
 from pipeline.extract.preparation import choose_num_workers
 from pipeline.extract.sampling import sample_rows
 from pipeline.extract.teacher import Teacher
+from pipeline.pixels import sample_key
 from tests.conftest import CLASS_NAMES, make_images
 
 ADVICE = "Mend or remove it, or pass --skip-bad to leave such images out and count them."
