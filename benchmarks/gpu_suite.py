@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import benchmarks.gpu_packages  # noqa: F401 (says what is missing)
 from benchmarks.extract_setup import ROOT
 from benchmarks.gpu_check import check_machine
-from benchmarks.reproduce_bench import pending
+from benchmarks.reproduce_bench import has_failed, pending
 from benchmarks.reproduce_plan import Reproduction
 from benchmarks.reproduce_processes import Processes, StoppedError, stopping
 from benchmarks.reproduce_runs import SCALES
+from benchmarks.reproduce_study import Job
 from benchmarks.reproduce_worth import SPEED, STAGES, Stage, stages
 from pipeline.errors import PipelineError
 
@@ -107,29 +108,38 @@ class Suite:
     def run(self, wanted: Sequence[str]) -> None:
         """Run what is not there yet, stage by stage, until all is or the processes are stopped.
 
+        What failed in an earlier call waits until all else is done: it may take its minutes and fail again.
+
         Args:
             wanted: names of stages.
 
         Raises:
             PipelineError: the data is absent, or a file among the results is none.
         """
-        waiting = set((self._out / "speed").glob("*/*.unfinished"))
+        waiting, again = set((self._out / "speed").glob("*/*.unfinished")), list[Job]()
         try:
             for stage in stages(self._reproduction.study):
                 if stage.name in wanted:
-                    self._run_stage(stage)
+                    again += self._run_stage(stage)
                 if stage.name == SPEED and SPEED in wanted:
                     self._measure_speeds([speed for speed in SPEEDS if self._marker(*speed[:2]) not in waiting])
                 bundle(self._out)
-            if SPEED in wanted:  # those that were stopped or failed in earlier calls wait until all else is done
+            self._run_jobs(again)
+            if SPEED in wanted:
                 self._measure_speeds([speed for speed in SPEEDS if self._marker(*speed[:2]) in waiting])
         finally:
             bundle(self._out)
 
-    def _run_stage(self, stage: Stage) -> None:
+    def _run_stage(self, stage: Stage) -> list[Job]:
+        """Run what has not failed before; return what has."""
         left = pending(stage.jobs, self._reproduction.folder)
         click.echo(f"{stage.name}: {len(stage.jobs) - len(left)} of {len(stage.jobs)} runs are there.", err=True)
-        outcome = self._reproduction.run(left, self.processes, self._num_at_once)
+        again = [job for job in left if has_failed(job, self._reproduction.folder)]
+        self._run_jobs([job for job in left if job not in again])
+        return again
+
+    def _run_jobs(self, jobs: Sequence[Job]) -> None:
+        outcome = self._reproduction.run(jobs, self.processes, self._num_at_once)
         self.failed += outcome.failed
         self.num_left += outcome.num_left
 

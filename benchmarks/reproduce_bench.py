@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,12 +100,19 @@ class Bench:
             self._stopped = True
             return _LEFT
         except _NeedError as error:
-            return f"{_told(job)}: {error} could not be made"
+            why = f"{error} could not be made"
         except subprocess.CalledProcessError as error:  # the program has said why
-            return f"{_told(job)}: exit status {error.returncode}"
+            why = f"exit status {error.returncode}"
         except (OSError, ValueError, KeyError) as error:  # of what it printed or left; the others go on
-            return f"{_told(job)}: {type(error).__name__}: {error}"
-        return _DONE
+            why = f"{type(error).__name__}: {error}"
+        else:
+            _failure_path(self._results, job).unlink(missing_ok=True)
+            return _DONE
+        note = _failure_path(self._results, job)
+        with suppress(OSError):  # without the note it is tried sooner
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{why}\n", "utf-8")
+        return f"{_told(job)}: {why}"
 
     def _provide(self, job: Job, manner: Manner) -> None:
         """Make what a job needs, unless it is there: an artifact needs no teacher any more."""
@@ -143,7 +151,7 @@ class Bench:
 
 
 def pending(jobs: Sequence[Job], results: Path) -> list[Job]:
-    """Return the jobs without a result of just these settings.
+    """Return the jobs without a result of just these settings; those that failed when they were tried come last.
 
     Args:
         jobs: of one scale.
@@ -161,7 +169,17 @@ def pending(jobs: Sequence[Job], results: Path) -> list[Job]:
         if is_there:
             click.echo(f"{_told(job)}: the result there is of other settings, and will be replaced.", err=True)
         left.append(job)
-    return left
+    return sorted(left, key=lambda job: has_failed(job, results))
+
+
+def has_failed(job: Job, results: Path) -> bool:
+    """Tell whether a job failed when it was tried last: it may do so again, after minutes.
+
+    Args:
+        job: of one scale.
+        results: the folder of the scale.
+    """
+    return _failure_path(results, job).exists()
 
 
 def result_path(results: Path, job: Job) -> Path:
@@ -184,6 +202,10 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CLIP_EMBED_KD_COMMIT")
     return found.stdout.strip() + ("+" if changed else "") or None
+
+
+def _failure_path(results: Path, job: Job) -> Path:
+    return result_path(results, job).with_suffix(".failed")
 
 
 def _begin_anew_elsewhere(made: Path, around: Surroundings) -> None:

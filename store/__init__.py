@@ -3,7 +3,7 @@
 Uses numpy, never torch, and knows nothing of training. These names are the whole public interface.
 """
 
-from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
+from store.artifact import Artifact, open_artifact
 from store.convert import Conversion, ConvertResult, Loss, convert_artifact
 from store.errors import (
     ArtifactDigestError,
@@ -22,6 +22,7 @@ from store.ridge import RidgeHead, fit_ridge
 from store.statistics import ClassStatistics
 from store.summary import Summary, summarise
 from store.verify import verify_artifact
+from store.writing import RowBlocks, check_destination, write_artifact
 
 __all__ = [
     "Artifact",

@@ -1,48 +1,26 @@
-"""Open and write artifacts, whatever their container.
+"""Open artifacts, whatever their container.
 
 Opening reads the header and the manifest only. `artifact[name]` checks a tensor's digest before it hands
 out a read-only memory map of it; `gather` reads single rows and checks nothing but their bounds.
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from store import layout
-from store.atomic import replacing
-from store.container import Blocks, Header, Location, Progress, ignore, row_blocks
+from store.backends import backend_of
+from store.container import Header, Location, Progress, ignore
 from store.digest import ThreadedSha256
-from store.errors import (
-    ArtifactDigestError,
-    ArtifactFormatError,
-    ArtifactNotFoundError,
-    ArtifactWriteError,
-    StoreError,
-)
-from store.manifest import MAX_MANIFEST_BYTES, MAX_MANIFEST_MARKS, Manifest, TensorInfo, count_marks, parse_manifest
+from store.errors import ArtifactDigestError, ArtifactFormatError, ArtifactNotFoundError
+from store.manifest import Manifest, parse_manifest
 from store.pairs import PairIndex
 from store.stored import Identity, StoredTensor, identity_of
-
-SUFFIXES = (".safetensors", ".h5", ".hdf5")
-
-
-@dataclass(frozen=True)
-class RowBlocks:
-    """A tensor too large for memory: its rows come in blocks, in order, and are read once."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    blocks: Blocks
-
-    def reporting(self, progress: Progress) -> "RowBlocks":
-        """Return the same, with progress told of the bytes of each block once the next is asked for."""
-        return replace(self, blocks=_reporting(self.blocks, progress))
 
 
 class Artifact:
@@ -213,114 +191,6 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     return Artifact(path, manifest, header, identity)
 
 
-def write_artifact(
-    path: str | os.PathLike[str],
-    manifest: Manifest,
-    tensors: Mapping[str, NDArray[Any] | RowBlocks],
-    *,
-    overwrite: bool = False,
-    gzip: bool = False,
-) -> Manifest:
-    """Write an artifact atomically: a temporary file in the same folder, fsync, rename.
-
-    Args:
-        path: a `.safetensors`, `.h5` or `.hdf5` file to make.
-        manifest: everything but `tensors`, which is filled in from the data.
-        tensors: arrays, or `RowBlocks` for rows that stream in.
-        overwrite: replace an existing file; otherwise that is an error.
-        gzip: compress sample embeddings, for cold storage; HDF5 only.
-
-    Returns:
-        The manifest as written, with dtypes, shapes and digests.
-
-    Raises:
-        ArtifactWriteError: the file exists, or cannot be written; nothing is left behind.
-        ArtifactFormatError: the tensors are not those of the format, or hold NaN or infinity.
-    """
-    path = Path(path)
-    backend = backend_of(path)
-    check_destination(path, overwrite=overwrite, gzip=gzip)
-    infos = {name: TensorInfo(dtype=_dtype_name(data), shape=data.shape) for name, data in tensors.items()}
-    manifest = manifest.model_copy(update={"tensors": infos})
-    layout.check_layout(manifest, path.name)
-    raw = manifest.to_bytes()
-    if len(raw) > MAX_MANIFEST_BYTES or count_marks(raw) > MAX_MANIFEST_MARKS:
-        raise ArtifactWriteError(f"{path}: the manifest is larger than {MAX_MANIFEST_BYTES} bytes.")
-    blocks = {
-        name: _guarded(data.blocks if isinstance(data, RowBlocks) else row_blocks(data))
-        for name, data in tensors.items()
-    }
-    try:
-        with replacing(path) as temporary:
-            written: Manifest = backend.write(temporary, manifest, blocks, **({"gzip": True} if gzip else {}))
-    except _SourceError as error:
-        raise error.source from None
-    return written
-
-
-def check_destination(path: str | os.PathLike[str], *, overwrite: bool, gzip: bool = False) -> None:
-    """Check that an artifact may be written there, before there is anything to write.
-
-    Args:
-        path: as for `write_artifact`.
-        overwrite: whether an existing file may be replaced.
-        gzip: whether it is to be compressed.
-
-    Raises:
-        StoreError: it has another suffix, is a folder or exists, its folder is missing or not writable, or it cannot
-                be compressed.
-    """
-    path = Path(path)
-    backend_of(path)
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:
-        raise ArtifactWriteError(f"{path}: cannot be written ({error.strerror}).") from None
-    if is_folder:
-        raise ArtifactWriteError(f"{path}: is a folder. Choose another --out.")
-    if not path.absolute().parent.is_dir():
-        raise ArtifactWriteError(f"{path}: the folder {path.parent} does not exist. Make it first.")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise ArtifactWriteError(f"{path}: the folder {path.parent} is not writable. Choose another --out.")
-    if exists and not overwrite:
-        raise ArtifactWriteError(f"{path}: exists. Choose another --out, or pass --overwrite.")
-    if gzip and path.suffix == ".safetensors":
-        raise ArtifactWriteError(f"{path}: .safetensors files are never compressed. Choose a name that ends in .h5.")
-
-
-def backend_of(path: Path) -> ModuleType:
-    """Choose the container by the file's suffix; only the chosen one is imported.
-
-    Args:
-        path: the artifact's path.
-
-    Returns:
-        The module that reads and writes it.
-
-    Raises:
-        StoreError: another suffix.
-    """
-    if path.suffix == ".safetensors":
-        from store import safetensors_backend
-
-        return safetensors_backend
-    if path.suffix in SUFFIXES:
-        from store import hdf5_backend
-
-        return hdf5_backend
-    raise StoreError(f"{path}: an artifact's name ends in {', '.join(SUFFIXES)}, found {path.suffix!r}.")
-
-
-def _reporting(blocks: Blocks, progress: Progress) -> Iterator[NDArray[Any]]:
-    for block in blocks:
-        yield block
-        progress(block.nbytes)
-
-
-def _dtype_name(data: NDArray[Any] | RowBlocks) -> str:
-    return data.dtype if isinstance(data.dtype, str) else data.dtype.name
-
-
 def _check_agreement(manifest: Manifest, locations: Mapping[str, Location], where: str) -> None:
     if set(manifest.tensors) != set(locations):
         odd = sorted(set(manifest.tensors) ^ set(locations))[0]
@@ -333,18 +203,3 @@ def _check_agreement(manifest: Manifest, locations: Mapping[str, Location], wher
                 f"{where}: {name} is {place.dtype} {list(place.shape)}, the manifest says "
                 f"{info.dtype} {list(info.shape)}. The file is damaged: extract it again."
             )
-
-
-class _SourceError(Exception):
-    """Carries an error of the rows' source past the handlers of errors of writing."""
-
-    def __init__(self, source: Exception) -> None:
-        super().__init__()
-        self.source = source
-
-
-def _guarded(blocks: Blocks) -> Iterator[NDArray[Any]]:
-    try:
-        yield from blocks
-    except Exception as error:
-        raise _SourceError(error) from None

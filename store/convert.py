@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
+from store.artifact import Artifact, open_artifact
 from store.container import Progress, block_rows, ignore
 from store.errors import ArtifactWriteError, StoreError
 from store.layout import RULES
@@ -22,6 +22,7 @@ from store.pairs import pairs_sha256
 from store.quantize import decode_embeddings, encode_embeddings, row_scales, sample_embeddings
 from store.ridge import fit_ridge
 from store.verify import verify_open
+from store.writing import RowBlocks, check_destination, write_artifact
 
 _COMPARED_ROWS = 10_000  # nearest classes of more rows say nothing new, and cost rows × classes
 

@@ -6,20 +6,17 @@ local path, so that the same extraction gives the same bytes.
 
 import hashlib
 import json
-import math
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from store.errors import ArtifactDigestError, ArtifactFormatError, ArtifactVersionError
+from store.strict_json import parse_json
 
 FORMAT_NAME: Final = "clip-embed-kd"
 FORMAT_MAJOR: Final = 1
 FORMAT_MINOR = 0
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024  # a million class names fit
-# Commas, colons and opening brackets, wherever they stand. Python's objects take 30 times the bytes of tiny JSON.
-_MAX_JSON_MARKS, MAX_MANIFEST_MARKS = 2**21, 2_000_000  # the header of a .safetensors file has a few more
-_MAX_LEVELS = 64  # Python's own limit depends on who calls
 _MAX_MEMBERS = 1000  # of `tensors` and `software`: there are about ten of each
 
 Sha256 = str
@@ -223,43 +220,6 @@ def parse_manifest(raw: bytes, sha256: str, where: str) -> Manifest:
     return manifest
 
 
-def count_marks(raw: bytes) -> int:
-    """Count what JSON has more of the more values it holds; names may have them too."""
-    return sum(map(raw.count, (b",", b":", b"[", b"{")))
-
-
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """Decode one JSON object, refusing what strict JSON does not have.
-
-    Args:
-        raw: UTF-8 bytes.
-        where: file name, for messages.
-
-    Returns:
-        The object.
-
-    Raises:
-        ArtifactFormatError: not UTF-8, not JSON, nested too deeply, too many values, a key twice, or not an object.
-    """
-    if (marks := count_marks(raw)) > _MAX_JSON_MARKS:
-        raise ArtifactFormatError(
-            f"{where}: header has {marks} commas, colons and brackets, at most {_MAX_JSON_MARKS} are read."
-        )
-    try:
-        document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
-        )
-    except (ValueError, RecursionError) as error:
-        raise ArtifactFormatError(
-            f"{where}: header is not valid JSON ({error}). The file is damaged or not an artifact."
-        ) from None
-    if not isinstance(document, dict):
-        raise ArtifactFormatError(f"{where}: header is a JSON {type(document).__name__}, expected an object.")
-    if _is_deep(document):
-        raise ArtifactFormatError(f"{where}: header is nested more than {_MAX_LEVELS} levels deep. Not an artifact.")
-    return document
-
-
 def _check_version(document: dict[str, Any], where: str) -> None:
     version = document.get("format")
     name = version.get("name") if isinstance(version, dict) else None
@@ -273,14 +233,6 @@ def _check_version(document: dict[str, Any], where: str) -> None:
         )
 
 
-def _is_deep(document: dict[str, Any]) -> bool:
-    level: list[Any] = [document]
-    for _ in range(_MAX_LEVELS):
-        members = (member for outer in level for member in (outer.values() if isinstance(outer, dict) else outer))
-        level = [member for member in members if isinstance(member, (dict, list))]
-    return bool(level)
-
-
 def _check_members(document: dict[str, Any], where: str) -> None:
     for name in ("tensors", "software"):  # before each of them gets an error of its own
         members = document.get(name)
@@ -288,21 +240,3 @@ def _check_members(document: dict[str, Any], where: str) -> None:
             raise ArtifactFormatError(
                 f"{where}: manifest field {name} has {len(members)} members, at most {_MAX_MEMBERS} are read."
             )
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key stands twice")
-    return document
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a number")
-    return number
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")

@@ -4,7 +4,7 @@ Nothing but class tensors is held: the inputs' samples are read in step, block b
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from store.artifact import Artifact, RowBlocks, check_destination, open_artifact, write_artifact
+from store.agreement import check_alike
+from store.artifact import Artifact, open_artifact
 from store.container import Progress, ignore
 from store.errors import ArtifactMergeError
 from store.layout import RULES
@@ -23,10 +24,7 @@ from store.merged_rows import MergedSamples
 from store.ridge import fit_ridge
 from store.statistics import ClassStatistics
 from store.verify import verify_open
-
-# Equal weights may go by several names.
-_TEACHER_MAY_DIFFER = frozenset({"name", "revision", "licence"})
-_SAMPLING_MUST_AGREE = ("views", "view_size", "views_version")
+from store.writing import RowBlocks, check_destination, write_artifact
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def merge_artifacts(
         sampled = [artifact for artifact in artifacts if "sample/key" in artifact]
         for alike in (artifacts, sampled):  # the first artifact of all need not have samples
             for other in alike[1:]:
-                _check_alike(alike[0], other)
+                check_alike(alike[0], other)
         for artifact in artifacts:
             verify_open(artifact, progress)
         merge = _Merge(artifacts)
@@ -267,43 +265,6 @@ def _parts_of_one(sources: Sequence[SourceInfo]) -> list[tuple[int, int]]:
         limits.append(rows)
     limits.sort()
     return limits if all(one[1] <= other[0] for one, other in pairwise(limits)) else []
-
-
-def _check_alike(first: Artifact, other: Artifact) -> None:
-    one, two = _what_must_agree(first.manifest), _what_must_agree(other.manifest)
-    for field, found, expected in _differences(two, one):
-        advice = "Only embeddings of one teacher, made in one way, can be merged."
-        if field.startswith("tensors."):
-            advice = "Make them equal with `clip-embed-kd store convert --dtype`."
-        raise ArtifactMergeError(f"{other.path.name}: {field} is {found}, {first.path.name} has {expected}. {advice}")
-
-
-def _what_must_agree(manifest: Manifest) -> dict[str, Any]:
-    data_set, sampling = manifest.data_set, manifest.sampling
-    agree: dict[str, Any] = {
-        "teacher": {k: v for k, v in manifest.teacher.model_dump().items() if k not in _TEACHER_MAY_DIFFER},
-        "preprocessing": manifest.preprocessing,
-        "sampling": {name: getattr(sampling, name) for name in _SAMPLING_MUST_AGREE},
-        "data_set": {"classes_named": data_set.classes_named},
-    }
-    if sampling.views > 1:
-        agree["sampling"]["seed"] = sampling.seed  # renderings are drawn from it
-    if not data_set.classes_named:  # indices mean something within one data set only
-        agree["data_set"] |= {name: getattr(data_set, name) for name in ("name", "config", "label_column")}
-    embedding = manifest.tensors.get("sample/embedding")
-    if embedding is not None:
-        agree["tensors"] = {"sample/embedding": {"dtype": embedding.dtype}}
-    return agree
-
-
-def _differences(one: Any, two: Any, field: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        for name in {**one, **two}:
-            if field == "" and name == "tensors" and (name not in one or name not in two):
-                continue  # one of them has no samples
-            yield from _differences(one.get(name), two.get(name), f"{field}.{name}" if field else name)
-    elif one != two:
-        yield field, one, two
 
 
 def _union_of_data_sets(parts: Sequence[DataSetInfo]) -> DataSetInfo:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from store.artifact import Artifact, RowBlocks
+from store.artifact import Artifact
 from store.container import block_rows
 from store.layout import numpy_dtype
 from store.pairs import pair_bytes, sort_pairs, split_pairs
 from store.quantize import sample_embeddings
+from store.writing import RowBlocks
 
 _STEP_ROWS = 65536
 

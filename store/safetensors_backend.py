@@ -18,7 +18,8 @@ from store.container import Blocks, Header, Location, write_blocks
 from store.errors import ArtifactFormatError
 from store.flush import FlushBehind
 from store.layout import MAX_AXES, check_name, num_bytes, numpy_dtype
-from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo, parse_json
+from store.manifest import MAX_MANIFEST_BYTES, Manifest, TensorInfo
+from store.strict_json import parse_json
 
 _DTYPE_CODES = {
     "float32": "F32",

@@ -131,6 +131,18 @@ def test_a_run_that_fails_is_told(call: Call) -> None:
     assert "failed: " in said.output
 
 
+def test_a_run_that_fails_waits_in_later_calls_until_all_else_is_done(call: Call) -> None:
+    failing = ["--method logits"]  # one of each seed
+    assert call(Programs(failing=failing), "--seeds", "1").exit_code == 1
+    programs = Programs()
+    assert call(programs, "--seeds", "2").exit_code == 0
+    trained = [" ".join(command) for command in programs.commands if "--seed" in command]
+    assert len(trained) > 2
+    assert ["--method logits" in command and "--seed 0" in command for command in trained].index(True) + 1 == len(
+        trained
+    )
+
+
 def test_a_speed_that_fails_is_told_and_tried_again_when_all_else_is_done(call: Call) -> None:
     said = call(Programs(failing=["--only released"]), "--seeds", "1")
     assert said.exit_code == 1

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
 import store
-from store import hdf5_backend
+from store import hdf5_backend, hdf5_parse
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -188,7 +188,7 @@ def refusal(path: Path, kind: type[store.StoreError] = store.ArtifactFormatError
 def header_refusal(path: Path) -> str:
     """Return the message with which an HDF5 header is refused, in this process and from the child."""
     with pytest.raises(store.ArtifactFormatError) as caught:
-        hdf5_backend.parse(path, path.stat().st_size)
+        hdf5_parse.parse(path, path.stat().st_size)
     assert type(caught.value) is store.ArtifactFormatError
     with pytest.raises(store.ArtifactFormatError, match=f"^{re.escape(str(caught.value))}$"):
         hdf5_backend.read_header(path)

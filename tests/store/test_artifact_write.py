@@ -252,7 +252,7 @@ def test_writing_streams_in_constant_memory(path: Path) -> None:
 
 
 def test_a_manifest_that_no_reader_would_take_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("store.artifact.MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr("store.writing.MAX_MANIFEST_BYTES", 100)
     assert write_refusal(path, class_tensors()) == f"{path}: the manifest is larger than 100 bytes."
     assert file_names(path.parent) == []
 

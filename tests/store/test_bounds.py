@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import store
-from store import hdf5_backend, manifest, stored
-from store.hdf5_backend import parse
+from store import hdf5_parse, manifest, stored, strict_json
+from store.hdf5_parse import parse
 from tests.store.examples import all_tensors, class_tensors, encode, make_manifest
 
 
@@ -35,17 +35,17 @@ def test_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
 def test_a_compressed_chunk_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "artifact.h5"
     store.write_artifact(path, make_manifest(), all_tensors(), gzip=True)
-    monkeypatch.setattr(hdf5_backend, "_MAX_CHUNK_BYTES", 5)
+    monkeypatch.setattr(hdf5_parse, "_MAX_CHUNK_BYTES", 5)
     message = refusal(path)
     assert message.startswith("artifact.h5: sample/embedding has a chunk of ")
     assert message.endswith(" bytes, at most 10 are read.")
 
 
 def test_json_with_too_many_values_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "_MAX_JSON_MARKS", 5)
-    assert manifest.parse_json(b'{"a":[1,2]}', "file") == {"a": [1, 2]}
+    monkeypatch.setattr(strict_json, "_MAX_JSON_MARKS", 5)
+    assert strict_json.parse_json(b'{"a":[1,2]}', "file") == {"a": [1, 2]}
     with pytest.raises(store.ArtifactFormatError) as error:
-        manifest.parse_json(b'{"a":[1,2,3,4]}', "file")
+        strict_json.parse_json(b'{"a":[1,2,3,4]}', "file")
     assert str(error.value) == "file: header has 6 commas, colons and brackets, at most 5 are read."
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import store
-from store import hdf5_backend
+from store import hdf5_parse
 from store.container import Location
 from store.hdf5_backend import read_header
 from tests.store.examples import (
@@ -211,7 +211,7 @@ def test_an_attribute_that_is_not_one_string_is_refused(path: Path, name: str, v
 def test_an_attribute_of_unreasonable_size_is_refused_before_it_is_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hdf5_backend, "MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr(hdf5_parse, "MAX_MANIFEST_BYTES", 100)
     message = refusal(path, lambda file: file.attrs.__setitem__("manifest", np.bytes_(b"x" * 101)))
     assert message == "artifact.h5: attribute manifest has 101 bytes, at most 100 are read."
 

@@ -10,7 +10,8 @@ import pytest
 
 import store
 from store import hdf5_backend
-from store.hdf5_backend import parse, read_header
+from store.hdf5_backend import read_header
+from store.hdf5_parse import parse
 from store.isolation import ChildError, run_isolated
 from tests.store.examples import GOLDEN, class_tensors, header_refusal, make_manifest
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import store
-from store import hdf5_backend
+from store import hdf5_backend, hdf5_parse
 from store.stored import StoredTensor, identity_of
 from tests.store.examples import (
     Tensors,
@@ -142,7 +142,7 @@ def test_chunks_that_are_too_large_are_refused(
     path: Path, at_most: int, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_gzip(path, EMBEDDING, 4)
-    monkeypatch.setattr(hdf5_backend, "_MAX_CHUNK_BYTES", at_most)
+    monkeypatch.setattr(hdf5_parse, "_MAX_CHUNK_BYTES", at_most)
     if accepted:
         assert read_all(path)[NAME].tobytes() == EMBEDDING.tobytes()
     else:
@@ -156,8 +156,8 @@ def test_a_compression_bomb_is_refused(
     path: Path, any_ratio_bytes: int, accepted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_gzip(path, np.zeros_like(EMBEDDING), 4)
-    monkeypatch.setattr(hdf5_backend, "_MAX_RATIO", 2)
-    monkeypatch.setattr(hdf5_backend, "_ANY_RATIO_BYTES", any_ratio_bytes)
+    monkeypatch.setattr(hdf5_parse, "_MAX_RATIO", 2)
+    monkeypatch.setattr(hdf5_parse, "_ANY_RATIO_BYTES", any_ratio_bytes)
     if accepted:
         assert not read_all(path)[NAME].any()
     else:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import store
-from store.manifest import Manifest, parse_json, parse_manifest
+from store.manifest import Manifest, parse_manifest
+from store.strict_json import parse_json
 from tests.store.examples import SEARCH, class_tensors, document_of, encode, make_manifest
 
 CANONICAL = (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import store
 from store import stored
-from store.hdf5_backend import parse
+from store.hdf5_parse import parse
 from store.stored import StoredTensor, identity_of
 from tests.store.examples import SEARCH, class_tensors, make_manifest, replace_chunk, samples_of, save_gzip
 
