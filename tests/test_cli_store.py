@@ -11,6 +11,7 @@ import pytest
 
 import cli
 import store
+from pipeline.commands import printing
 from tests.store.examples import all_tensors, class_tensors, file_names, int8_tensors, make_manifest, read_all
 from tests.store.test_merge import DATA_SET, OTHERS_ONLY, class_only_note, extract_all
 from tests.store.test_merged_rows import draw_images, extract
@@ -308,7 +309,7 @@ def test_long_work_shows_a_bar_on_stderr(run: Run, tmp_path: Path, monkeypatch: 
         shown.append((what, total, unit))
         start(bar, what, total, unit)
 
-    monkeypatch.setattr(cli, "_BYTES_WITHOUT_BAR", 1_000_000)
+    monkeypatch.setattr(printing, "_BYTES_WITHOUT_BAR", 1_000_000)
     monkeypatch.setattr(progress.ProgressBar, "__init__", watch)
     monkeypatch.setattr(progress.ProgressBar, "advance", lambda bar, count: advanced.append(count))
     path = tmp_path / "a.h5"
