@@ -76,17 +76,17 @@ class ProgressBar:
         self._done, self._before = done, done
         self._last_plain = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=_CONSOLE,
             disable=not _CONSOLE.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, rate="", note="")
+        self._task = self._bar.add_task(printable(what), total=total, completed=done, rate="", note="")
 
     def __enter__(self) -> "ProgressBar":
         """Start the clock and show the bar."""

@@ -38,6 +38,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
     """Measure a student's accuracy on a labelled data set."""
     from pipeline.distill.config import EvaluateSettings
     from pipeline.distill.evaluate import evaluate_run
+    from pipeline.errors import shortened
 
     result = evaluate_run(EvaluateSettings(data=take_data_settings(options), **options))
     emit(
@@ -53,7 +54,7 @@ def evaluate(as_json: bool, **options: Any) -> None:
         [
             ("accuracy", f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"),
             ("images", f"{int(result.count.sum()):,}, {result.images_per_second:.1f} images/s"),
-            ("worst", ", ".join(f"{name} {top1:.0f} %" for name, top1 in result.worst())),
+            ("worst", ", ".join(f"{shortened(name)} {top1:.0f} %" for name, top1 in result.worst())),
         ],
     )
 
@@ -68,6 +69,7 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
     """Classify image files."""
     from pipeline.distill.predict import predict
     from pipeline.distill.student import load_student
+    from pipeline.errors import shortened
     from pipeline.runtime import batch_must_fit, resolve_device
 
     place = resolve_device(device)
@@ -81,7 +83,7 @@ def predict(student: Path, images: Sequence[Path], device: str, as_json: bool) -
             for path, classes in named.items()
         },
         [
-            (path, ", ".join(f"{name} {probability:.1%}" for name, probability in classes))
+            (path, ", ".join(f"{shortened(name)} {probability:.1%}" for name, probability in classes))
             for path, classes in named.items()
         ],
     )

@@ -202,6 +202,14 @@ def test_on_a_terminal_there_is_a_bar_with_count_rate_and_note(
     assert capsys.readouterr().out == ""
 
 
+def test_names_in_a_bar_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = as_terminal(monkeypatch)
+    with ProgressBar("split [red]a\x1b[2J", 10) as bar:
+        bar.advance(5, "class [bold]b")
+    assert "split [red]a\\x1b[2J" in screen.getvalue()
+    assert "class [bold]b" in screen.getvalue()
+
+
 def test_the_clock_stops_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     as_terminal(monkeypatch)
     bar = ProgressBar("embedding", 2)
