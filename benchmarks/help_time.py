@@ -12,7 +12,11 @@ import time
 from pathlib import Path
 
 CLI = Path(__file__).parent.parent / "cli.py"
-COMMANDS = ("", "extract", "distill", "evaluate", "predict", "demo", "store", "store inspect")
+COMMANDS = (
+    *("", "extract", "distill", "plan", "evaluate", "predict", "export", "demo"),
+    *("recipe", "recipe list", "recipe show"),
+    *("store", "store inspect", "store verify", "store convert", "store merge", "store plot"),
+)
 RUNS = 11
 
 

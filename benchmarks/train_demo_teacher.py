@@ -8,6 +8,7 @@ split, and writes nothing. The same seed, versions and kind of machine give the 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from pipeline.demo.digits import CLASS_NAMES, load_digits_splits
 from pipeline.extract.teacher import Preprocess

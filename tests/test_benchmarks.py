@@ -64,6 +64,17 @@ def write_artifact(path: Path, rows: Any) -> Path:
     return path
 
 
+PROGRAMS = [path.name for path in (ROOT / "benchmarks").glob("*.py") if "@click.command" in path.read_text("utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_each_program_starts_as_a_script(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(f"Usage: {name} "), done.stderr
+
+
 # The book of figures
 
 
