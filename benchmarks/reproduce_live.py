@@ -12,7 +12,7 @@ from benchmarks.reproduce_verdicts import FAILS, HOLDS, NOT_RUN, UNDECIDED
 
 _WAYS = {
     "teacher-kd": "Teacher-KD, live teacher",
-    "logits": "typical KD on logits, live teacher",
+    "logits": "KD on the probabilities of the stored ridge head, live teacher",
     "released": "the released loop's arithmetic",
     "supervised": "supervised",
     "embed": "Embed-KD, class embeddings of the artifact",

@@ -118,7 +118,7 @@ def _claims(found: Mapping[str, Results]) -> Lines:
     rows = []
     for verdicts in zip(*judged.values(), strict=True):
         told = [
-            [verdict.claim, name, verdict.word, verdict.evidence]
+            [verdict.claim, name, f"{verdict.word} {verdict.limits}".strip(), verdict.evidence]
             for name, verdict in zip(judged, verdicts, strict=True)
             if verdict.word != NOT_RUN or verdict.evidence
         ]

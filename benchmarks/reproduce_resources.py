@@ -61,7 +61,7 @@ def resources(results: Results, scale: Scale, compared: Iterable[tuple[str, str,
         if not rows or rows[-1][:3] != [teacher, student, str(image_size)]:
             rows.append([teacher, student, str(image_size), *[NOT_RUN] * 7])
     head = ["teacher", "student", "px", "on", "Embed-KD, MB", "Teacher-KD, MB", "ratio"]
-    return table([*head, "Embed-KD, s an epoch", "Teacher-KD, s an epoch", "ratio"], rows, words=2)
+    return table([*head, "Embed-KD, s an epoch of 50,000", "Teacher-KD, s an epoch of 50,000", "ratio"], rows, words=2)
 
 
 def _counted(found: Result | None, what: str) -> list[str]:

@@ -34,7 +34,9 @@ class Section:
 _MEMORY = (
     "Memory is what the process holds at its peak above an idle one that has imported PyTorch, on a GPU what PyTorch "
     f"allocated there; times are medians of {SCALES['full'].steps} steps at scale full, {SCALES['reduced'].steps} at "
-    "reduced. Neither hangs on what weights are worth: teachers have random ones."
+    "reduced, and seconds are of an epoch of 50,000 images, computed from them. Neither hangs on what weights are "
+    "worth: teachers have random ones. Both sides compute in the precision that their results name, on these machines "
+    "bfloat16, in which the teacher's weights are held too; the student's are float32."
 )
 _PER_CLASS = int(KINDS["class"][1])
 _FEWER = "".join(f" ({each} at {name})" for name in SHOWN if (each := SCALES[name].images // NUM_CLASSES) < _PER_CLASS)
@@ -44,7 +46,7 @@ SECTIONS = (
     Section(
         "Table II: memory of weights",
         "Bytes of the teacher's weights in float32, over those of student, projection and class means: the paper's "
-        "17× and 59×. Base student, 32 px.",
+        "17× and 59×. Base student, 32 px. A teacher that is held in bfloat16 has half as many.",
         "table1",
         [resources.weights],
         counts=True,

@@ -2,14 +2,14 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks import reproduce_paper as paper
 from benchmarks.distill_accuracy import spread
 from benchmarks.reproduce_comparisons import differences, direction, measurements
 from benchmarks.reproduce_results import Result, Results
-from benchmarks.reproduce_runs import NO_DEVICE, SMALLEST, Measurement, Scale, Training
+from benchmarks.reproduce_runs import NO_DEVICE, SCALES, SMALLEST, Measurement, Scale, Training
 from benchmarks.reproduce_study import KNOWN
 
 HOLDS, FAILS, UNDECIDED, NOT_RUN = "holds", "does not hold", "undecided", "not run"
@@ -18,16 +18,19 @@ _SAME = 1.05  # so many times as many bytes are about as many
 _LARGE, _LARGE_IMAGES = ("large", 32), ("base", 64)  # student and image size
 _TEACHERS = (*paper.TEACHERS.values(), KNOWN)
 
+_POINTS, _ON_CPU = " points", ", on cpu"  # in evidence
+
 _Of = Callable[[str], Training]  # by teacher
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, what the numbers say to it, and these numbers."""
+    """A claim, what the numbers say to it, these numbers, and what of the paper's conditions they lack."""
 
     claim: str
     word: str
     evidence: str
+    limits: str = ""
 
 
 def judge(results: Results, scale: Scale) -> list[Verdict]:
@@ -48,7 +51,17 @@ def judge(results: Results, scale: Scale) -> list[Verdict]:
         ("α₂ = 1 overfits: it is worse than α₂ = 0.5", _overfits),
         ("α₂ of 0.25, 0.5 and 0.75 are each better than α₂ = 0", _beats_supervised),
     )
-    return [Verdict(claim, *judged(results, scale)) for claim, judged in claims]
+    return [_limited(Verdict(claim, *judged(results, scale)), scale) for claim, judged in claims]
+
+
+def _limited(verdict: Verdict, scale: Scale) -> Verdict:
+    """Add what holds, or does not, for this scale or this device alone."""
+    if verdict.word not in (HOLDS, FAILS):
+        return verdict
+    limits = "on a CPU" if verdict.evidence.endswith(_ON_CPU) else ""
+    if _POINTS in verdict.evidence and scale.epochs < SCALES["full"].epochs:
+        limits = f"after {_number(scale.epochs, 'epoch')}"
+    return replace(verdict, limits=limits)
 
 
 def _judged(of_teachers: Mapping[str, Mapping[int, float]], points: str = "points") -> tuple[str, str]:
@@ -76,7 +89,7 @@ def _embed_below_teacher(results: Results, scale: Scale) -> tuple[str, str]:
     points = float(evidence.split()[0]) if evidence else 0.0
     if word == HOLDS and not _ABOUT_TWO[0] <= points <= _ABOUT_TWO[1]:
         word = FAILS
-    return word, evidence
+    return word, evidence and f"Teacher-KD ahead by {evidence}"
 
 
 def _averaging(results: Results, scale: Scale) -> tuple[str, str]:
@@ -112,7 +125,7 @@ def _cheaper(results: Results, scale: Scale, size: tuple[str, int]) -> tuple[str
         return NOT_RUN, ""
     device, (embed, live) = found
     shares = [_ratio(live, embed, "memory_bytes"), _ratio(live, embed, "epoch_seconds")]
-    told = f"{shares[0]:.1f}× less memory, {shares[1]:.1f}× less time, on {device}"
+    told = f"{_less(shares[0])} memory, {_less(shares[1])} time{_precision(embed)}, on {device}"
     return (HOLDS if min(shares) > 1 else FAILS), told
 
 
@@ -159,7 +172,9 @@ def _at_least(results: Results, scale: Scale, what: str, least: float) -> tuple[
         return NOT_RUN, ""
     device, (live, embed) = found
     ratio = _ratio(live, embed, what)
-    return (HOLDS if ratio >= least else FAILS), f"{ratio:.1f}×, base student, 32 px, Large-32, on {device}"
+    return (
+        HOLDS if ratio >= least else FAILS
+    ), f"{ratio:.1f}×, base student, 32 px, Large-32{_precision(embed)}, on {device}"
 
 
 def _overfits(results: Results, scale: Scale) -> tuple[str, str]:
@@ -189,6 +204,15 @@ def _side(method: str, size: tuple[str, int] = SMALLEST) -> Measurement:
 
 def _ratio(one: Result, other: Result, what: str) -> float:
     return float(one.measured[what]) / float(other.measured[what])
+
+
+def _less(ratio: float) -> str:
+    return f"{ratio:.1f}× less" if ratio >= 1 else f"{1 / ratio:.1f}× more"
+
+
+def _precision(result: Result) -> str:
+    """Return in what both sides of a measurement compute."""
+    return f", {result.measured['precision']}" if "precision" in result.measured else ""
 
 
 def _number(number: int, what: str) -> str:

@@ -81,7 +81,7 @@ def test_the_papers_teachers_count_where_there_are_any() -> None:
         made_trainings("teacher-kd", [14.0, 14.1, 14.3], theirs),
     )
     told = found["Embed-KD is about 2 points below Teacher-KD"]
-    assert told == (HOLDS, f"+2.03 ± 0.06 points, 3 seeds, {theirs}")
+    assert told == (HOLDS, f"Teacher-KD ahead by +2.03 ± 0.06 points, 3 seeds, {theirs}")
 
 
 def test_teachers_are_compared_seed_by_seed() -> None:
