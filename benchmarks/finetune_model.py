@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.extract.pooling import pool
 from pipeline.extract.teacher import Teacher, load_teacher
 from pipeline.extract.tower import Tower
+from pipeline.runtime import full_float32
 
 CLASSIFIER = "classifier.safetensors"
 
@@ -137,7 +138,7 @@ class TeacherClassifier(nn.Module):
             return None
         nn.init.normal_(own.weight, std=0.02)  # the trained ones may be all zeros still
         pixels = self.preprocess(_noise(self.encoder.device))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `embed` computes
+        with full_float32():  # as `embed` computes
             logits = whole(pixel_values=pixels).logits
         if not torch.allclose(logits, own(self._teacher.embed(pixels)), rtol=1e-3, atol=1e-4):
             return None

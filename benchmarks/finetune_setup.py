@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.data import BadImageError, DataSettings, Labelled, evaluation_split, load_labelled
+from pipeline.data import BadImageError, DataSettings, Labelled, Splits, evaluation_split, load_labelled, load_splits
 from pipeline.distill.cache import cached_images
 from pipeline.distill.evaluate import learned_labels
 from pipeline.distill.images import DecodedImages, held_out
@@ -105,8 +105,9 @@ def set_up(settings: FinetuneSettings) -> Setup:
     """
     check_out(settings)
     device = resolve_device(settings.device)
-    data = load_labelled(settings.data)
-    evaluation = _evaluation_data(settings, data)
+    splits = load_splits(settings.data)
+    data = load_labelled(settings.data, splits)
+    evaluation = _evaluation_data(settings, splits, data)
     loading = ExtractSettings(teacher=settings.teacher, data=settings.data, out=settings.out, precision="float32")
     teacher = load_settings_teacher(loading, device)
     check_output(settings.out, _COPIES * 4 * teacher.model.num_parameters(), replaceable=settings.overwrite)
@@ -131,12 +132,12 @@ def set_up(settings: FinetuneSettings) -> Setup:
     return Setup(settings, compute, data, train, evaluated, name, image_size, teacher)
 
 
-def _evaluation_data(settings: FinetuneSettings, data: Labelled) -> Labelled | None:
+def _evaluation_data(settings: FinetuneSettings, splits: Splits, data: Labelled) -> Labelled | None:
     """Load what is evaluated on, labelled by the classes of the training data; none where a tenth is held out."""
-    split = None if settings.holdout else settings.eval_split or evaluation_split(settings.data)
+    split = None if settings.holdout else settings.eval_split or evaluation_split(splits, settings.data.split)
     if split is None:
         return None
-    found = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
+    found = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}), splits)
     labels = learned_labels(found, data.class_names)
     return replace(found, labels=labels, class_names=data.class_names)
 

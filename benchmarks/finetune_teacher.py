@@ -12,7 +12,6 @@ Ctrl-C and SIGTERM make it stop after a checkpoint, `--max-minutes` too (exit st
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -34,7 +33,7 @@ from pipeline.data import DataSettings
 from pipeline.distill.checkpoint import Checkpoints
 from pipeline.errors import PipelineError
 from pipeline.extract.partial import PartialFolder
-from pipeline.output import write_atomically
+from pipeline.output import sync, write_atomically
 from pipeline.progress import LOGGER, duration, log_to_stderr, size
 from pipeline.runtime import keep_freed_memory, peak_memory, software_versions
 
@@ -167,9 +166,7 @@ def _emptied(folder: Path) -> Path:
 
 def _publish(folder: Path, out: Path) -> None:
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)

@@ -24,6 +24,7 @@ from benchmarks.reproduce_processes import StoppedError
 from benchmarks.reproduce_results import Surroundings, read_result, result_of, settings_of, write_result
 from benchmarks.reproduce_runs import Measurement, Run, Training
 from benchmarks.reproduce_study import Job, Study
+from pipeline.extract.partial import partial_path
 from pipeline.output import write_atomically
 
 # Runs a command to its end, under a name, with so many `threads` if they are given, and returns its JSON.
@@ -117,7 +118,7 @@ class Bench:
     def _provide(self, job: Job, manner: Manner) -> None:
         """Make what a job needs, unless it is there: an artifact needs no teacher any more."""
         needs = self._study.needs(job.run)
-        if not needs or self._place.made_by(needs[-1].run).exists():
+        if not needs or _is_made(self._place.made_by(needs[-1].run)):
             return
         for need in needs:
             with self._guard:
@@ -128,7 +129,7 @@ class Bench:
     def _make(self, need: Job, manner: Manner) -> None:
         if need.run in self._broken:
             raise _NeedError(need.run.name)
-        if self._place.made_by(need.run).exists():
+        if _is_made(self._place.made_by(need.run)):
             return
         try:
             self._run(need, manner)
@@ -202,6 +203,14 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("CLIP_EMBED_KD_COMMIT")
     return found.stdout.strip() + ("+" if changed else "") or None
+
+
+def _is_made(path: Path) -> bool:
+    """Tell whether what a run needs is whole: beside an artifact there is no folder of what is unfinished.
+
+    `extract` writes its artifact before its report card; what was stopped between the two goes on.
+    """
+    return path.exists() and not partial_path(path).exists()
 
 
 def _failure_path(results: Path, job: Job) -> Path:

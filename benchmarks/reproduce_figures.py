@@ -139,7 +139,8 @@ def draw_lines(lines: Sequence[Line], title: str, across: str, *, is_log: bool) 
         for place, line in enumerate(lines):
             means = [statistics.mean(values) for values in line.points.values()]
             spreads = [statistics.stdev(values) if len(values) > 1 else 0 for values in line.points.values()]
-            look: dict[str, Any] = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+            rounds, colour = divmod(place, len(_COLOURS))  # lines of one colour differ in their markers
+            look: dict[str, Any] = {"color": _COLOURS[colour], "marker": _MARKERS[(colour + rounds) % len(_MARKERS)]}
             panel.errorbar(list(line.points), means, spreads, capsize=3, label=line.name, **look)
         ticks = sorted({x for line in lines for x in line.points})
         if is_log:

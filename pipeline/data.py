@@ -21,6 +21,7 @@ from pipeline.columns import find_image_column, find_label_column, read_labels
 from pipeline.errors import PipelineError, check_utf8, first_line
 from pipeline.pixels import to_rgb
 
+Splits = dict[str, datasets.Dataset]
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev")
 # What the system says of a file that will be as unreadable tomorrow; anything else may pass.
 _LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG}
@@ -156,64 +157,18 @@ class Labelled:
         return f"{self.settings.dataset}, split {self.settings.split}, row {self.numbers[row]}"
 
 
-def load_labelled(settings: DataSettings) -> Labelled:
-    """Load one split of a data set.
+def load_splits(settings: DataSettings) -> Splits:
+    """Load all splits of a data set, which may take minutes where it is a folder of many files.
 
     Args:
-        settings: which one, and optionally the columns.
+        settings: which data set.
 
     Returns:
-        Its rows; with `limit`, the first rows of every class in turn, so that no class is forgotten.
+        Them by name.
 
     Raises:
-        PipelineError: missing or unreadable data set, split or column, or labels that are not classes.
+        PipelineError: it is missing or unreadable.
     """
-    splits = _load_splits(settings)
-    if settings.split not in splits:
-        raise PipelineError(f"{settings.dataset}: no split {settings.split!r}. It has {', '.join(map(repr, splits))}.")
-    rows = splits[settings.split]
-    image_column = find_image_column(rows.features, settings.image_column, settings.dataset)
-    label_column = find_label_column(rows.features, settings.label_column, settings.dataset, beside=image_column)
-    labels, class_names, named = read_labels(rows, label_column, f"{settings.dataset}, split {settings.split}")
-    num_rows = len(rows)
-    numbers = np.arange(num_rows)
-    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    if settings.limit is not None and settings.limit < len(labels):
-        numbers = _first_of_each_class(labels, settings.limit)
-        rows, labels = rows.select(numbers), labels[numbers]
-    return Labelled(rows, num_rows, settings, image_column, label_column, labels, numbers, class_names, named)
-
-
-def evaluation_split(settings: DataSettings) -> str | None:
-    """Name the data set's own evaluation split.
-
-    Args:
-        settings: the data set; its split is the training split.
-
-    Returns:
-        The first of test, validation, valid, val, dev that exists and is not the training split; else None.
-    """
-    splits = _load_splits(settings)
-    return next((name for name in EVALUATION_SPLITS if name in splits and name != settings.split), None)
-
-
-def raise_bad(bad: Iterable[BadImageError], *, skip_bad: bool) -> None:
-    """Stop for the first image that must not be left out.
-
-    Args:
-        bad: errors as `Labelled.read` returns them.
-        skip_bad: whether images that cannot be decoded are left out. What may pass is no property of an image: left
-            out, it would be missing for good in all that is kept.
-
-    Raises:
-        BadImageError: there is such an image.
-    """
-    for error in bad:
-        if not skip_bad or isinstance(error, UnreadableImageError):
-            raise error
-
-
-def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
     datasets.disable_progress_bars()
     path = Path(settings.dataset)
     if not path.exists() and re.match(r"^[./~]", settings.dataset):
@@ -238,6 +193,64 @@ def _load_splits(settings: DataSettings) -> dict[str, datasets.Dataset]:
             "folder of parquet files, of images in a folder each class, or of a saved data set."
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
+
+
+def load_labelled(settings: DataSettings, splits: Splits | None = None) -> Labelled:
+    """Load one split of a data set.
+
+    Args:
+        settings: which one, and optionally the columns.
+        splits: of just this data set, if they were loaded already.
+
+    Returns:
+        Its rows; with `limit`, the first rows of every class in turn, so that no class is forgotten.
+
+    Raises:
+        PipelineError: missing or unreadable data set, split or column, or labels that are not classes.
+    """
+    splits = load_splits(settings) if splits is None else splits
+    if settings.split not in splits:
+        raise PipelineError(f"{settings.dataset}: no split {settings.split!r}. It has {', '.join(map(repr, splits))}.")
+    rows = splits[settings.split]
+    image_column = find_image_column(rows.features, settings.image_column, settings.dataset)
+    label_column = find_label_column(rows.features, settings.label_column, settings.dataset, beside=image_column)
+    labels, class_names, named = read_labels(rows, label_column, f"{settings.dataset}, split {settings.split}")
+    num_rows = len(rows)
+    numbers = np.arange(num_rows)
+    rows = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    if settings.limit is not None and settings.limit < len(labels):
+        numbers = _first_of_each_class(labels, settings.limit)
+        rows, labels = rows.select(numbers), labels[numbers]
+    return Labelled(rows, num_rows, settings, image_column, label_column, labels, numbers, class_names, named)
+
+
+def evaluation_split(splits: Splits, training_split: str) -> str | None:
+    """Name the data set's own evaluation split.
+
+    Args:
+        splits: of the data set.
+        training_split: the name of the one to train on.
+
+    Returns:
+        The first of test, validation, valid, val, dev that exists and is not the training split; else None.
+    """
+    return next((name for name in EVALUATION_SPLITS if name in splits and name != training_split), None)
+
+
+def raise_bad(bad: Iterable[BadImageError], *, skip_bad: bool) -> None:
+    """Stop for the first image that must not be left out.
+
+    Args:
+        bad: errors as `Labelled.read` returns them.
+        skip_bad: whether images that cannot be decoded are left out. What may pass is no property of an image: left
+            out, it would be missing for good in all that is kept.
+
+    Raises:
+        BadImageError: there is such an image.
+    """
+    for error in bad:
+        if not skip_bad or isinstance(error, UnreadableImageError):
+            raise error
 
 
 def _may_pass(error: BaseException) -> bool:

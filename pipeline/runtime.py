@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +98,12 @@ def keep_freed_memory() -> None:
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def full_float32() -> AbstractContextManager[None]:
+    """Let float32 mean float32 inside a `with`: cuDNN's convolutions would round their input to TF32."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags
+
+
 def seed_device(seed: int, device: torch.device) -> None:
     """Seed what draws for a device.
 
@@ -137,8 +143,8 @@ def batch_must_fit(batch_size: int, what: str, smallest: int = 1, option: str = 
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # Of the CPU, of CUDA's own calls, and of Apple's GPUs.
-        signs = ("allocate memory", "out of memory", "Invalid buffer size")
+        # Of the CPU, of CUDA's own calls, of its libraries, and of Apple's GPUs.
+        signs = ("allocate memory", "out of memory", "ALLOC_FAILED", "Invalid buffer size")
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(
             sign in str(error) for sign in signs
         ):

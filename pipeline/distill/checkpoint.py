@@ -9,7 +9,6 @@ each step's follow from the seed and its number.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.distill.loop import Progress
 from pipeline.errors import PipelineError, describe_problems, first_line
+from pipeline.output import sync
 from pipeline.progress import LOGGER
 
 _FORMAT, _KEPT = 1, 2
@@ -97,11 +97,11 @@ class Checkpoints:
             document = {"format": _FORMAT, "progress": asdict(trainer.progress), "tensors_sha256": digest}
             (work / "progress.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
             for path in (*work.iterdir(), work):
-                _flush(path)
+                sync(path)
             if final.exists():  # damaged, or of a run that was resumed at an earlier one
                 shutil.rmtree(final)
             work.rename(final)
-            _flush(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -182,11 +182,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,9 +18,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import BadImageError, Labelled
-from pipeline.distill.images import StripImageError, fit_to
+from pipeline.distill.images import fit_to
 from pipeline.errors import PipelineError
-from pipeline.pixels import sample_key
+from pipeline.pixels import StripImageError, sample_key
 from pipeline.views import render_view
 
 _BLOCK_ROWS = 64
@@ -163,9 +163,12 @@ def _said() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker (pid" not in str(error):
             raise
+        guard = ""
+        if multiprocessing.get_start_method() != "fork":  # the process runs the user's own script once more
+            guard = ' In a script of your own, begin what it does with `if __name__ == "__main__":`.'
         raise PipelineError(
             "a decoding process died, most likely for want of memory. Close other programs, and give the same command "
-            "again."
+            f"again.{guard}"
         ) from None
     except (OSError, MemoryError) as error:
         raise PipelineError(

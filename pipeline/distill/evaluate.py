@@ -15,7 +15,7 @@ from pipeline.distill.images import DecodedImages
 from pipeline.distill.student import Student, load_student
 from pipeline.errors import PipelineError, listed
 from pipeline.progress import ProgressBar
-from pipeline.runtime import batch_must_fit, resolve_device, resolve_precision
+from pipeline.runtime import batch_must_fit, full_float32, resolve_device, resolve_precision
 
 MAX_EMBEDDED = 10_000  # images whose embeddings an evaluation keeps: bounds their memory
 
@@ -81,6 +81,7 @@ def evaluate_student(
         with (
             ProgressBar("evaluating", len(images)) as bar,
             torch.inference_mode(),
+            full_float32(),
             torch.autocast(device.type, precision, enabled=precision != torch.float32),
         ):
             for start in range(0, len(images), batch_size):

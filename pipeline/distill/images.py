@@ -12,13 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
-# Of an image resized, before its crop. Only a strip comes so far, of which the crop would show nothing: a file of a few
-# kilobytes would take gigabytes.
-MAX_RESIZED_PX = 50_000_000
-
-
-class StripImageError(ValueError):
-    """An image so much longer than wide that its resize would take too much memory; its text says how much."""
+from pipeline.pixels import check_resized
 
 
 @dataclass(frozen=True)
@@ -54,10 +48,10 @@ def fit_to(image_size: int) -> Compose:
 
     Returns:
         A function from image to image: bicubic resize of the shorter side, then a crop at the centre. It raises
-        `StripImageError` where the resized image would have more than `MAX_RESIZED_PX` pixels.
+        `StripImageError` as `check_resized` does.
     """
     resize = Resize(image_size, InterpolationMode.BICUBIC, antialias=True)
-    return Compose([partial(_refuse_strip, image_size), resize, CenterCrop(image_size)])
+    return Compose([partial(_checked, image_size), resize, CenterCrop(image_size)])
 
 
 def held_out(keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -73,12 +67,6 @@ def held_out(keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return apart
 
 
-def _refuse_strip(image_size: int, image: Image.Image) -> Image.Image:
-    shorter, longer = sorted(image.size)
-    resized_px = image_size * int(image_size * longer / shorter)
-    if resized_px > max(MAX_RESIZED_PX, image_size * image_size):
-        raise StripImageError(
-            f"it has {image.width}×{image.height} pixels, {resized_px:,} with a shorter side of {image_size}; at most "
-            f"{MAX_RESIZED_PX:,} are taken"
-        )
+def _checked(image_size: int, image: Image.Image) -> Image.Image:
+    check_resized(image, image_size)
     return image

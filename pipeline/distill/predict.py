@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.distill.images import StripImageError, fit_to
+from pipeline.distill.images import fit_to
 from pipeline.distill.student import Student
 from pipeline.errors import PipelineError, first_line
-from pipeline.pixels import to_rgb
+from pipeline.pixels import StripImageError, to_rgb
+from pipeline.runtime import full_float32
 
 _NUM_BEST = 5
 
@@ -34,7 +35,7 @@ def predict(student: Student, paths: Sequence[Path], device: torch.device) -> li
     images = [_read(path, fit) for path in paths]
     best = []
     for image in images:
-        with torch.inference_mode():
+        with torch.inference_mode(), full_float32():
             logits = student(student.normalise(torch.from_numpy(image)[None].to(device)))[1]
         top = logits[0].softmax(dim=0).topk(min(_NUM_BEST, logits.shape[1]))
         names = [student.config.class_names[index] for index in top.indices.tolist()]

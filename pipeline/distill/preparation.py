@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from pipeline.data import Labelled, evaluation_split, load_labelled
+from pipeline.data import Labelled, Splits, evaluation_split, load_labelled, load_splits
 from pipeline.distill.cache import cached_images
 from pipeline.distill.config import DistillSettings
 from pipeline.distill.decoding import ReplayedViews
@@ -78,9 +78,10 @@ def prepare(settings: DistillSettings, recipe: Recipe, compute: Compute, artifac
         StoreError: the artifact is damaged.
     """
     verify_for(artifact, settings.target, recipe)
-    data = load_labelled(settings.data)
+    splits = load_splits(settings.data)
+    data = load_labelled(settings.data, splits)
     rows = class_rows(artifact, data.class_names, data.classes_named, by_index=settings.join_by_index)
-    evaluation = _evaluation_data(settings, data.class_names)
+    evaluation = _evaluation_data(settings, splits, data.class_names)
     torch.manual_seed(settings.seed)
     config = student_config(settings.student, settings.image_size, data.class_names, recipe)
     student = build_student(config)
@@ -114,11 +115,11 @@ def is_sound_in_bfloat16(model: nn.Module, device: torch.device) -> bool:
     return not (overlap and device.type == "cpu")
 
 
-def _evaluation_data(settings: DistillSettings, class_names: tuple[str, ...]) -> Labelled | None:
-    split = settings.eval_split or evaluation_split(settings.data)
+def _evaluation_data(settings: DistillSettings, splits: Splits, class_names: tuple[str, ...]) -> Labelled | None:
+    split = settings.eval_split or evaluation_split(splits, settings.data.split)
     if split is None:
         return None
-    data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}))
+    data = load_labelled(settings.data.model_copy(update={"split": split, "limit": None}), splits)
     return replace(data, labels=learned_labels(data, class_names), class_names=class_names)
 
 

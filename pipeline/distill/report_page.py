@@ -206,7 +206,7 @@ def _alignment(run: FinishedRun) -> Iterator[Block]:
         yield Table(("measure", "value", "meaning"), rows)
     yield "P is the projection that is learnt with the student, from the teacher's embeddings to the student's."
     if found.own_class is None:
-        yield "There are no cosines: no loss taught P, or embeddings are not finite."
+        yield "There are no cosines: P learned nothing of images, or embeddings are not finite."
 
 
 def _settings(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pipeline.distill.method import LOSSES, Batch
 from pipeline.errors import first_line
 from pipeline.progress import LOGGER
+from pipeline.runtime import full_float32
 
 _GRAPH_TRIALS = 3  # a CUDA graph is warmed up for, captured, replayed
 
@@ -32,6 +33,7 @@ class ForwardBackward:
         # A short last batch would be compiled for on its own, for a minute, and then come once an epoch.
         self._compiled_size = compiled_size
         self._compiled: Callable[..., Tensor] | None = None
+        self._has_graphs = False
         self.compile_seconds = 0.0  # what compiling took so far
 
     @property
@@ -57,11 +59,12 @@ class ForwardBackward:
     def _run(self, method: Callable[..., Tensor], batch: Batch) -> Tensor:
         losses = torch.zeros(len(LOSSES), device=batch.pixels.device)
         for start, stop in self._parts(len(batch.pixels)):
-            if batch.pixels.device.type == "cuda":
+            if self._has_graphs and method is self._compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            with torch.autocast(batch.pixels.device.type, self.precision, enabled=self.precision != torch.float32):
-                part = method(batch.part(start, stop), batch.samples, len(batch.pixels))
-            part[0].backward()  # type: ignore[no-untyped-call]
+            with full_float32():
+                with torch.autocast(batch.pixels.device.type, self.precision, enabled=self.precision != torch.float32):
+                    part = method(batch.part(start, stop), batch.samples, len(batch.pixels))
+                part[0].backward()  # type: ignore[no-untyped-call]
             losses += part.detach()
         return losses
 
@@ -80,6 +83,7 @@ class ForwardBackward:
         # made are overwritten by its next replay, so they cannot be added up over parts.
         parts = len(list(self._parts(len(batch.pixels))))
         mode = "reduce-overhead" if on_gpu and parts == 1 else None
+        self._has_graphs = mode is not None
         LOGGER.info("Compiling the step, which takes a minute or so.")
         start = time.monotonic()
         try:

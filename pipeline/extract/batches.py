@@ -12,11 +12,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data import BadImageError, Labelled
-from pipeline.pixels import sample_key
+from pipeline.pixels import StripImageError, check_resized, sample_key
 from pipeline.views import render_view
 
 if TYPE_CHECKING:
     from pipeline.extract.teacher import Preprocess
+
+_ORIGINALS = 16  # in a process at once: a photograph takes 36 MB, and three times that when it is resized
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rendering:
-    """How an image becomes what the teacher sees: its views, the teacher's own image processor, and its precision."""
+    """How an image becomes what the teacher sees: its views, the teacher's own image processor, and its precision.
+
+    `shortest_edge` is what that resizes the shorter side to, in pixels, if it keeps the shape.
+    """
 
     preprocess: "Preprocess"
     views: int = 1
     view_size: int = 224
     seed: int = 0
     precision: torch.dtype = torch.float32
+    shortest_edge: int | None = None
 
     def render(self, images: list[Image.Image], keys: list[bytes]) -> list[list[Image.Image]]:
         """Return all images as each view shows them."""
@@ -88,11 +94,11 @@ def read_batches(
         yield from DataLoader(reader, batch_size=None, num_workers=num_workers, pin_memory=pin)
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
-        read = thread.submit(reader.decode, 0)
+        read = thread.submit(reader.decode, cuts[0])
         for index in range(len(cuts)):
             batch = reader.preprocess(read.result())
             if index + 1 < len(cuts):  # beside the teacher's work on this one
-                read = thread.submit(reader.decode, index + 1)
+                read = thread.submit(reader.decode, cuts[index + 1])
             yield batch
 
 
@@ -104,12 +110,16 @@ class _Reader(Dataset[Batch]):
         return len(self._cuts)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.preprocess(self.decode(index))
-
-    def decode(self, index: int) -> _Decoded:
         rows = self._cuts[index]
-        read = self._data.read(rows.tolist())
+        starts = range(0, len(rows), _ORIGINALS)
+        return _joined([self.preprocess(self.decode(rows[start : start + _ORIGINALS])) for start in starts])
+
+    def decode(self, rows: NDArray[np.int64]) -> _Decoded:
         # Errors travel as values: a worker process would wrap a raised one in a traceback.
+        read = [
+            self._refuse_strip(row, image)
+            for row, image in zip(rows.tolist(), self._data.read(rows.tolist()), strict=True)
+        ]
         bad = [image for image in read if isinstance(image, BadImageError)]
         images = [image for image in read if not isinstance(image, BadImageError)]
         decoded = np.array([not isinstance(image, BadImageError) for image in read])
@@ -123,3 +133,25 @@ class _Reader(Dataset[Batch]):
             self._rendering.preprocess(view).to(self._rendering.precision) for view in decoded.views if decoded.keys
         ]
         return Batch(decoded.rows, keys, pixels, decoded.bad)
+
+    def _refuse_strip(self, row: int, image: Image.Image | BadImageError) -> Image.Image | BadImageError:
+        side = self._rendering.shortest_edge
+        if side is None or isinstance(image, BadImageError):
+            return image
+        try:
+            check_resized(image, side)
+        except StripImageError as error:
+            return self._data.bad_image(row, str(error))
+        return image
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    views = zip(*(part.pixels for part in parts if len(part.rows)), strict=True)
+    return Batch(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.keys for part in parts]),
+        [torch.cat(view) for view in views],
+        [error for part in parts for error in part.bad],
+    )

@@ -52,8 +52,9 @@ def make_embedder(settings: ExtractSettings, data: Labelled, rows: NDArray[np.in
     """Prepare to embed rows of the data as settings, teacher and its device ask for."""
     device = teacher.model.device
     batch_size = settings.batch_size or BATCH_SIZES[device.type]
+    preprocess, precision = teacher.preprocess, teacher.model.dtype
     rendering = Rendering(
-        teacher.preprocess, settings.views, settings.view_size, settings.seed, precision=teacher.model.dtype
+        preprocess, settings.views, settings.view_size, settings.seed, precision, preprocess.shortest_edge
     )
     plan = make_plan(rows, batch_size, chunk_dtype(settings.views, teacher.info.embed_dim).itemsize)
     return Embedder(settings, data, teacher, rendering, plan, batch_size, choose_num_workers(settings, device))
@@ -64,4 +65,9 @@ def choose_num_workers(settings: ExtractSettings, device: torch.device) -> int:
     if settings.workers is not None:
         return settings.workers
     # On a CPU the teacher itself keeps every core busy, and where processes do not fork (macOS) each would start anew.
-    return min(8, len(os.sched_getaffinity(0))) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    others = int(
+        os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # processes of this machine that share the work, as torchrun says
+    return max(1, min(8, len(os.sched_getaffinity(0)) // others))

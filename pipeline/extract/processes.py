@@ -39,8 +39,9 @@ class Processes:
             PipelineError: one of them has died.
         """
         if self._state is not None:
+            # Not accelerate's barrier, which takes memory on the GPU of this process's number, whatever it computes on.
             with _others_must_live():
-                self._state.wait_for_everyone()
+                torch.distributed.all_reduce(torch.zeros(1))
 
     def agree(self, value: _Value) -> _Value:
         """Return what the first process has for a value, once every process has come here.

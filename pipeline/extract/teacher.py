@@ -22,7 +22,7 @@ from pipeline.extract.config import Pooling
 from pipeline.extract.pooling import pool, resolve_pooling
 from pipeline.extract.tower import Tower, image_tower, weights_sha256
 from pipeline.progress import LOGGER
-from pipeline.runtime import batch_must_fit
+from pipeline.runtime import batch_must_fit, full_float32
 from store import TeacherInfo
 
 
@@ -45,6 +45,15 @@ class Preprocess:
         grouped = {"disable_grouping": False} if getattr(self.processor, "backend", "") == "torchvision" else {}
         pixels: Tensor = self.processor(list(images), return_tensors="pt", **grouped)["pixel_values"]
         return pixels
+
+    @property
+    def shortest_edge(self) -> int | None:
+        """What the shorter side of an image is resized to, in pixels; none where both sides are given."""
+        data_config = getattr(self.processor, "data_config", None)  # of timm's
+        if data_config is not None:
+            return int(data_config["input_size"][-1])
+        size = getattr(self.processor, "size", None)
+        return None if size is None else dict(size).get("shortest_edge")
 
     def describe(self) -> dict[str, Any]:
         """Return the processor's settings as plain JSON, for the manifest."""
@@ -74,8 +83,7 @@ class Teacher:
             One raw (not normalised) embedding an image: float32, on the teacher's device, where a GPU may still be
             computing it.
         """
-        # Float32 is to mean float32: cuDNN's convolutions would round their input to TF32.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.inference_mode(), full_float32():
             return pool(Tower(self.model, self.projection), self._run(pixels), self.info.pooling).float()
 
     def has_pooled_output(self, pixels: Float[Tensor, "batch 3 height width"]) -> bool:
@@ -91,7 +99,8 @@ class Teacher:
             return getattr(self._run(pixels), "pooler_output", None) is not None
 
     def _run(self, pixels: Tensor) -> Any:
-        return self.model(pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=True))
+        is_cuda = self.model.device.type == "cuda"  # where `Embedder` keeps what is still being copied
+        return self.model(pixel_values=pixels.to(self.model.device, self.model.dtype, non_blocking=is_cuda))
 
 
 def load_teacher(

@@ -1,6 +1,7 @@
 """What is run, when, and what is kept of it; the programs are stood in for."""
 
 import json
+import shutil
 import signal
 import subprocess
 import threading
@@ -166,6 +167,22 @@ def test_what_cannot_be_made_is_tried_once(tmp_path: Path, monkeypatch: pytest.M
     assert said.exit_code == 1
     assert sum("--views" in command for command in programs.commands) == 2  # of two teachers
     assert said.output.count("could not be made") == 4
+
+
+def test_an_artifact_that_is_not_whole_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the artifact and its report card `extract` may have been stopped."""
+    first, second = Programs(), Programs()
+    assert call(tmp_path, first, monkeypatch, "fig3", "--seeds", "1").exit_code == 0
+    (artifact,) = (tmp_path / "work").rglob("*.safetensors")
+    for name in results(tmp_path):
+        (tmp_path / "results" / name).unlink()
+    shutil.rmtree(tmp_path / "work" / "trial" / "runs")
+    artifact.with_name(f"{artifact.name}.partial").mkdir()
+    assert call(tmp_path, second, monkeypatch, "fig3", "--seeds", "1").exit_code == 0
+    assert [command for command in second.commands if "extract" in command] == [
+        command for command in first.commands if "extract" in command
+    ]
+    assert any(ARTIFACTS in name for name in results(tmp_path))
 
 
 def test_what_a_program_prints_that_is_no_json_holds_up_nothing(

@@ -18,6 +18,7 @@ from pipeline.data import (
     UnreadableImageError,
     evaluation_split,
     load_labelled,
+    load_splits,
     raise_bad,
 )
 from pipeline.errors import PipelineError
@@ -112,7 +113,7 @@ def test_a_data_set_saved_without_splits_is_its_training_split_only(tmp_path: Pa
     make_split(6, 0).save_to_disk(str(tmp_path / "bare"))
     settings = DataSettings(dataset=str(tmp_path / "bare"))
     assert len(load_labelled(settings)) == 6
-    assert evaluation_split(settings) is None
+    assert evaluation_split(load_splits(settings), settings.split) is None
     # Else an evaluation on `test` would silently be one on the training images.
     assert refusal(tmp_path / "bare", split="test") == f"{tmp_path / 'bare'}: no split 'test'. It has 'train'."
 
@@ -126,7 +127,7 @@ def test_parquet_that_datasets_wrote_keeps_its_class_names(tmp_path: Path) -> No
     data = load_labelled(settings)
     assert (data.class_names, data.classes_named) == (CLASS_NAMES, True)
     assert same_pixels(data.read(range(6)), make_images(6, 0))
-    assert evaluation_split(settings) == "test"
+    assert evaluation_split(load_splits(settings), settings.split) == "test"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_an_image_folder_has_its_folders_as_classes_and_splits(tmp_path: Path) -
     assert (data.name, data.revision, data.licence) == ("pets", None, None)
     assert (data.class_names, data.labels.tolist()) == (("ant", "bee"), [0, 0, 1, 1])
     assert same_pixels(data.read(range(4)), [images[row] for row in (0, 2, 1, 3)])
-    assert evaluation_split(settings) == "test"
+    assert evaluation_split(load_splits(settings), settings.split) == "test"
     assert len(load_labelled(settings.model_copy(update={"split": "test"}))) == 2
 
 
@@ -467,7 +468,7 @@ def test_the_evaluation_split_is_the_first_by_habit(
 ) -> None:
     rows = datasets.Dataset.from_dict({"label": [0]})
     datasets.DatasetDict(dict.fromkeys(splits, rows)).save_to_disk(str(tmp_path / "splits"))
-    assert evaluation_split(DataSettings(dataset=str(tmp_path / "splits"), split=train)) == expected
+    assert evaluation_split(load_splits(DataSettings(dataset=str(tmp_path / "splits"))), train) == expected
 
 
 # Images that cannot be decoded

@@ -124,6 +124,17 @@ def test_printing_colours_become_rgb() -> None:
     assert pixels(to_rgb(image)).tolist() == [[expected]]
 
 
+@pytest.mark.parametrize("kind", ["EPS", "WMF"])
+def test_what_another_program_would_draw_is_refused_before_it_is_run(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.new("RGB", (2, 2))
+    image.format = kind
+    monkeypatch.setattr(image, "load", lambda: pytest.fail("it was drawn"))
+    with pytest.raises(ValueError, match=f"^{kind} is drawn by another program, which is not run; convert it"):
+        to_rgb(image)
+
+
 def test_floating_point_pixels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^its pixels are floating-point numbers; 8 or 16 bits are expected$"):
         to_rgb(reopened(Image.new("F", (1, 1)), "TIFF"))

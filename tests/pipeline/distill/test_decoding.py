@@ -197,6 +197,15 @@ def test_a_process_that_dies_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
 
 
+def test_a_process_that_ran_the_users_own_script_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    with pytest.raises(PipelineError) as caught, decoding._said():
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+    assert str(caught.value).endswith(
+        'again. In a script of your own, begin what it does with `if __name__ == "__main__":`.'
+    )
+
+
 @pytest.mark.usefixtures("several")
 def test_processes_end_as_soon_as_nobody_wants_more(tmp_path: Path) -> None:
     blocks = decode_blocks(labelled(make_split(9, 0), tmp_path / "data"), 8)

@@ -6,8 +6,9 @@ import timm.data
 import torch
 from PIL import Image
 
-from pipeline.distill import images
-from pipeline.distill.images import StripImageError, fit_to, held_out
+from pipeline import pixels
+from pipeline.distill.images import fit_to, held_out
+from pipeline.pixels import StripImageError
 from tests.conftest import make_split
 from tests.pipeline.distill.examples import decoded, noise
 
@@ -70,5 +71,5 @@ def test_a_strip_is_refused_before_memory_is_taken(size: tuple[int, int]) -> Non
 def test_a_long_image_of_fewer_pixels_is_fitted_and_so_is_any_square() -> None:
     assert fit_to(32)(Image.new("RGB", (2, 5_000))).size == (32, 32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "MAX_RESIZED_PX", 100)
+        patch.setattr(pixels, "MAX_RESIZED_PX", 100)
         assert fit_to(32)(Image.new("RGB", (9, 9))).size == (32, 32)

@@ -107,7 +107,7 @@ def test_an_error_without_a_text_is_named_by_its_kind(
 def test_a_strip_that_would_take_gigabytes_is_named(student: Student, tmp_path: Path) -> None:
     path = save(Image.new("L", (1, 65_000)), tmp_path / "strip.jpg")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.distill.images.MAX_RESIZED_PX", 4_000_000)
+        patch.setattr("pipeline.pixels.MAX_RESIZED_PX", 4_000_000)
         assert refusal(student, path) == (
             f"{path}: is too long for its width (it has 1×65000 pixels, 4,160,000 with a shorter side of 8; at most "
             "4,000,000 are taken). Crop it first."

@@ -143,7 +143,7 @@ def test_a_run_of_one_epoch_on_classes_alone(artifact: Path, saved_data: Path, t
     distill(settings_of(artifact, saved_data, tmp_path / "run", overrides={"epochs": 1, "alpha2": 0}))
     text = text_of(tmp_path / "run")
     assert "in percent. After the only one: top-1 " in text
-    assert "There are no cosines: no loss taught P, or embeddings are not finite." in Page(text).texts
+    assert "There are no cosines: P learned nothing of images, or embeddings are not finite." in Page(text).texts
     assert "cosine to the own class" not in text
     assert picture_titles(text)[-1] == "Learning rate at the end of each epoch"
 
@@ -157,7 +157,10 @@ def test_without_mistakes_nothing_is_confused(copied: Path) -> None:
 def test_without_any_figure_of_alignment_that_is_said(copied: Path) -> None:
     changed(copied, lambda record: record["outcome"].update(alignment={"num_images": 12, "num_classes": 3}))
     write_run_page(copied)
-    assert "There are no cosines: no loss taught P, or embeddings are not finite." in Page(text_of(copied)).texts
+    assert (
+        "There are no cosines: P learned nothing of images, or embeddings are not finite."
+        in Page(text_of(copied)).texts
+    )
     assert "linear CKA of classes" not in text_of(copied)
 
 

@@ -158,6 +158,24 @@ def test_a_compiled_step_is_the_step_itself(compiler: Compiler, tmp_path: Path) 
     assert compiler.sizes == [8, 8]
 
 
+def test_graphs_are_spoken_of_where_there_are_some(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds and 200 MB to name them, of a process that may never compile."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: pytest.fail("there is no graph"))
+    method, (batch, short) = make(tmp_path)
+    ForwardBackward(method, FLOAT, None)(batch)
+    step = ForwardBackward(method, FLOAT, None, compiled_size=8)
+    step(batch)
+    marked: list[None] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marked.append(None))
+    step._has_graphs = True
+    step(short)
+    assert marked == []
+    step(batch)
+    assert marked == [None]
+
+
 def fail_at_once(method: Method, **options: Any) -> Callable[..., Tensor]:
     raise RuntimeError("torch.compile is not supported here\nand more")
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from pipeline.data import DataSettings, Labelled, load_labelled
+from pipeline.extract import batches
 from pipeline.extract.batches import Batch, Rendering, read_batches
 from pipeline.pixels import sample_key
 from pipeline.views import render_view
@@ -24,10 +25,13 @@ def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() for image in images])
 
 
-def read(data: Labelled, rows: Sequence[int], batch_size: int, num_workers: int = 0) -> list[Batch]:
+def read(
+    data: Labelled, rows: Sequence[int], batch_size: int, num_workers: int = 0, shortest_edge: int | None = None
+) -> list[Batch]:
     chosen = np.array(rows, np.int64)
     cuts = [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    return list(read_batches(data, cuts, Rendering(cast("Any", raw_pixels)), num_workers))
+    rendering = Rendering(cast("Any", raw_pixels), shortest_edge=shortest_edge)
+    return list(read_batches(data, cuts, rendering, num_workers))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,9 @@ def test_rows_come_in_order_and_the_last_batch_may_be_shorter(saved_data: Path, 
     data = load_labelled(DataSettings(dataset=str(saved_data)))
     images = make_images(30, 0)
     rows = [9, 3, 4, 29, 0, 11, 12]
-    batches = read(data, rows, 3, num_workers)
-    assert [batch.rows.tolist() for batch in batches] == [[9, 3, 4], [29, 0, 11], [12]]
-    for batch in batches:
+    found = read(data, rows, 3, num_workers)
+    assert [batch.rows.tolist() for batch in found] == [[9, 3, 4], [29, 0, 11], [12]]
+    for batch in found:
         chosen = [images[row] for row in batch.rows]
         assert len(batch.pixels) == 1
         assert torch.equal(batch.pixels[0], raw_pixels(chosen))
@@ -79,6 +83,38 @@ def test_a_batch_without_any_image_has_no_pixels(damaged_data: Labelled) -> None
     assert len(batch.bad) == 2
 
 
+def test_workers_hold_few_originals_and_give_the_same_batches(saved_data: Path) -> None:
+    data = load_labelled(DataSettings(dataset=str(saved_data)))
+    (whole,), (parts,) = (read(data, range(30), 30, num_workers) for num_workers in (0, 1))  # 16 and 14
+    assert parts.rows.tolist() == list(range(30))
+    assert np.array_equal(parts.keys, whole.keys)
+    assert [pixels.shape for pixels in parts.pixels] == [(30, 3, 8, 8)]
+    assert torch.equal(parts.pixels[0], whole.pixels[0])
+
+
+def test_errors_of_all_parts_of_a_batch_come_with_it(damaged_data: Labelled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_ORIGINALS", 2)
+    (batch,) = read(damaged_data, range(6), 6, 1)  # of the second part nothing can be decoded
+    assert batch.rows.tolist() == [0, 1, 4, 5]
+    assert (len(batch.bad), len(batch.keys), [len(pixels) for pixels in batch.pixels]) == (2, 4, [4])
+    (none,) = read(damaged_data, [2, 3, 2], 3, 1)
+    assert (none.pixels, len(none.bad)) == ([], 3)
+
+
+def test_a_strip_is_no_use_where_its_shorter_side_is_resized(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    images = [Image.new("RGB", (5_000, 1)), Image.new("RGB", (8, 8))]
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 0]}, features=features)
+    rows.save_to_disk(str(tmp_path / "data"))
+    data = load_labelled(DataSettings(dataset=str(tmp_path / "data")))
+    (batch,) = read(data, [0, 1], 2, shortest_edge=224)
+    assert batch.rows.tolist() == [1]
+    assert (
+        "row 0: the image cannot be decoded (it has 5000×1 pixels, 250,880,000 with a shorter side of 224; at most "
+        "50,000,000 are taken)."
+    ) in str(batch.bad[0])
+
+
 def test_each_view_is_rendered_from_seed_key_and_number(saved_data: Path) -> None:
     data = load_labelled(DataSettings(dataset=str(saved_data)))
     rendering = Rendering(cast("Any", raw_pixels), views=3, view_size=8, seed=7)
@@ -99,8 +135,8 @@ def test_one_batch_is_read_ahead_and_no_more(saved_data: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Labelled, "read", watched)
     data = load_labelled(DataSettings(dataset=str(saved_data)))
-    batches = read_batches(data, [np.arange(3)] * 5, Rendering(cast("Any", raw_pixels)), 0)
-    next(batches)
+    ahead = read_batches(data, [np.arange(3)] * 5, Rendering(cast("Any", raw_pixels)), 0)
+    next(ahead)
     time.sleep(0.2)
     assert len(started) == 2
-    assert len(list(batches)) == 4
+    assert len(list(ahead)) == 4

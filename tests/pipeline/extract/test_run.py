@@ -320,6 +320,9 @@ def test_only_beside_a_cuda_gpu_do_other_processes_decode(
     settings = ExtractSettings(teacher="t", data=data_of(Path("d")), out=Path("a.h5"))
     assert choose_num_workers(settings, torch.device(device)) == expected
     assert choose_num_workers(settings.model_copy(update={"workers": 3}), torch.device(device)) == 3
+    for sharing, each in ((4, 4), (32, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sharing))
+        assert choose_num_workers(settings, torch.device(device)) == min(each, expected)
 
 
 # Refusals: every one leaves the folder as it was

@@ -240,6 +240,19 @@ def test_a_processor_that_names_no_backend_is_described_too() -> None:
     assert Preprocess(processor).describe() == {"kind": "x", "size": [4, 4], "backend": "unknown"}
 
 
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (SimpleNamespace(size={"shortest_edge": 224}), 224),
+        (SimpleNamespace(size={"height": 224, "width": 224}), None),
+        (SimpleNamespace(size=None), None),
+        (SimpleNamespace(data_config={"input_size": [3, 256, 256]}), 256),
+    ],
+)
+def test_it_is_known_what_the_shorter_side_is_resized_to(processor: Any, expected: int | None) -> None:
+    assert Preprocess(processor).shortest_edge == expected
+
+
 # Who the teacher is
 
 
