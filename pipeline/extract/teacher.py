@@ -49,11 +49,11 @@ class Preprocess:
     @property
     def shortest_edge(self) -> int | None:
         """What the shorter side of an image is resized to, in pixels; none where both sides are given."""
-        data_config = getattr(self.processor, "data_config", None)  # of timm's
-        if data_config is not None:
-            return int(data_config["input_size"][-1])
-        size = getattr(self.processor, "size", None)
-        return None if size is None else dict(size).get("shortest_edge")
+        settings = self.processor.to_dict()
+        if "data_config" in settings:  # of timm's
+            return int(settings["data_config"]["input_size"][-1])
+        size = settings.get("size")
+        return size.get("shortest_edge") if isinstance(size, dict) else None
 
     def describe(self) -> dict[str, Any]:
         """Return the processor's settings as plain JSON, for the manifest."""

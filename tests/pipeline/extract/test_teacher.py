@@ -241,16 +241,17 @@ def test_a_processor_that_names_no_backend_is_described_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processor", "expected"),
+    ("settings", "expected"),
     [
-        (SimpleNamespace(size={"shortest_edge": 224}), 224),
-        (SimpleNamespace(size={"height": 224, "width": 224}), None),
-        (SimpleNamespace(size=None), None),
-        (SimpleNamespace(data_config={"input_size": [3, 256, 256]}), 256),
+        ({"size": {"shortest_edge": 224}}, 224),
+        ({"size": {"height": 224, "width": 224}}, None),
+        ({"size": 224}, None),
+        ({}, None),
+        ({"data_config": {"input_size": [3, 256, 256]}}, 256),
     ],
 )
-def test_it_is_known_what_the_shorter_side_is_resized_to(processor: Any, expected: int | None) -> None:
-    assert Preprocess(processor).shortest_edge == expected
+def test_it_is_known_what_the_shorter_side_is_resized_to(settings: dict[str, Any], expected: int | None) -> None:
+    assert Preprocess(SimpleNamespace(to_dict=lambda: settings)).shortest_edge == expected
 
 
 # Who the teacher is
