@@ -67,7 +67,5 @@ def choose_num_workers(settings: ExtractSettings, device: torch.device) -> int:
     # On a CPU the teacher itself keeps every core busy, and where processes do not fork (macOS) each would start anew.
     if device.type != "cuda":
         return 0
-    others = int(
-        os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )  # processes of this machine that share the work, as torchrun says
-    return max(1, min(8, len(os.sched_getaffinity(0)) // others))
+    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this machine, as torchrun says
+    return max(1, min(8, len(os.sched_getaffinity(0)) // num_sharing))
